@@ -1,0 +1,1 @@
+"""plait: compile hybrid language models."""

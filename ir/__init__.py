@@ -1,0 +1,19 @@
+"""The noun of the compiler: types, ops, graphs, their text, and what they mean."""
+
+from . import ops
+from .dump import dump
+from .errors import CheckpointError, DataError, ParseError, PassError, PlacementError, PlaitError, SpecError, TypeMismatch
+from .graph import Builder, Graph, Node, Replay, Value, check_name, each_layer, parameters, retype, trace
+from .init import ONES, ZEROS, Init, fill
+from .interp import evaluate, gather, scatter, simulate
+from .op import OPS, REQUIRED, OpDef, op
+from .parse import parse, parse_statements, parse_type
+from .statement import Stmt, Var
+from .types import DTYPES, Dim, Mesh, TensorType, tensor_type
+
+__all__ = [
+    "DTYPES", "ONES", "OPS", "REQUIRED", "ZEROS", "Builder", "CheckpointError", "DataError", "Dim", "Graph", "Init", "Mesh", "Node",
+    "OpDef", "ParseError", "PassError", "PlacementError", "PlaitError", "Replay", "SpecError", "Stmt", "TensorType", "TypeMismatch",
+    "Value", "Var", "check_name", "dump", "each_layer", "evaluate", "fill", "gather", "op", "ops", "parameters", "parse",
+    "parse_statements", "parse_type", "retype", "scatter", "simulate", "tensor_type", "trace",
+]  # fmt: skip

@@ -1,0 +1,242 @@
+"""Ops: one decorated function is an op's name, meaning, typing, placement rule and cost."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from . import cost
+from .errors import PlacementError, TypeMismatch
+from .signature import Axis, Binding, Operand, alias, bind, parse_signature, spread
+from .sizes import Size, times, plus
+from .types import Dim, TensorType
+
+if TYPE_CHECKING:
+    from .graph import Value
+
+ROLES = ("map", "sum", "scan", "whole")
+OPS: dict[str, OpDef] = {}
+REQUIRED = inspect.Parameter.empty
+Types = Sequence["TensorType | None"]
+
+
+@dataclass(frozen=True)
+class Conflict:
+    """A dim whose placement an op cannot take."""
+
+    operand: int
+    position: int
+    letter: str
+    dim: Dim
+    why: str
+
+
+@dataclass(eq=False)
+class OpDef:
+    """All that is true of an op on any machine; `reference` is what it means."""
+
+    name: str
+    inputs: tuple[Operand, ...]
+    outputs: tuple[Operand, ...]
+    roles: Mapping[str, str]  # letter -> how the op treats a split of it
+    reference: Callable[..., Any]  # eager torch on global tensors
+    attrs: Mapping[str, Any]  # name -> default, or REQUIRED
+    flops_text: str = "0"
+    commutes: bool = False
+    row: bool = False  # each row of the last dims is computed from that row alone
+    linear: tuple[frozenset[str], ...] = ()  # sets of operands in which the op is jointly linear
+    same: Mapping[str, tuple[str, str]] = field(default_factory=dict[str, "tuple[str, str]"])  # n -> (b, cu): n is b unless cu is there
+    type_rule: Callable[..., Any] | None = None  # only where the signature cannot say it
+    rank_rule: Callable[..., list[Any]] | None = None  # collectives: what moves between ranks
+    sample_rule: Callable[..., list[Any]] | None = None  # operands that random numbers cannot stand for
+
+    def __call__(self, *operands: Any, **named: Any) -> Any:
+        """On tensors, compute; on values, record."""
+        builder = next((x.builder for x in (*operands, *named.values()) if hasattr(x, "builder")), None)
+        if builder is None:
+            return self.reference(*operands, **named)
+        attrs = {k: v for k, v in named.items() if k in self.attrs or not self.has_operand(k)}
+        return unwrap(builder.emit(self, self.arrange(operands, {k: v for k, v in named.items() if k not in attrs}), attrs))
+
+    def __repr__(self) -> str:
+        return f"op {self.name}"
+
+    def has_operand(self, name: str) -> bool:
+        return any(o.name == name for o in self.inputs)
+
+    def arrange(self, operands: Sequence[Value], named: Mapping[str, Value | None]) -> tuple[Value | None, ...]:
+        """Positional and named operands in signature order, None for the absent."""
+        if len(operands) > len(self.inputs):
+            raise TypeMismatch(f"{self.name} takes {len(self.inputs)} operands, got {len(operands)}")
+        by_name = dict(zip((o.name for o in self.inputs), operands, strict=False))
+        if twice := by_name.keys() & named.keys():
+            raise TypeMismatch(f"{self.name}: operand {min(twice)} is given twice")
+        return tuple({**by_name, **named}.get(o.name) for o in self.inputs)
+
+    def infers(self, rule: Callable[..., Any]) -> None:
+        """Say the types of the results where letters cannot."""
+        self.type_rule = rule
+
+    def ranks(self, rule: Callable[..., list[Any]]) -> None:
+        """Say what a collective moves, given the shards of one group of ranks."""
+        self.rank_rule = rule
+
+    def samples(self, rule: Callable[..., list[Any]]) -> None:
+        """Say which random operands make sense."""
+        self.sample_rule = rule
+
+    # -- typing ---------------------------------------------------------------------------
+
+    def bind(self, types: Types, attrs: Mapping[str, Any]) -> Binding:
+        """The letters' sizes and uses; an integer attribute that is a letter binds it."""
+        self._check_present(types)
+        known = {k: v for k, v in attrs.items() if k in self._letters and isinstance(v, int)}
+        return bind(self.name, [alias(o, self._same(types)) for o in self.inputs], types, known)
+
+    @cached_property
+    def _letters(self) -> frozenset[str]:
+        return frozenset(x for o in (*self.inputs, *self.outputs) for a in o.axes for x in a.letters)
+
+    def _same(self, types: Types) -> dict[str, str]:
+        absent = {o.name for o, t in zip(self.inputs, types, strict=True) if t is None}
+        return {letter: other for letter, (other, unless) in self.same.items() if unless in absent}
+
+    def _check_present(self, types: Types) -> None:
+        if len(types) != len(self.inputs):
+            raise TypeMismatch(f"{self.name} takes {len(self.inputs)} operands, got {len(types)}")
+        for operand, type_ in zip(self.inputs, types, strict=True):
+            if type_ is None and not operand.optional:
+                raise TypeMismatch(f"{self.name}: operand {operand.name} is missing; it must be {operand}")
+            if type_ and operand.dtype not in ("", "acc") and type_.dtype != operand.dtype:
+                raise TypeMismatch(f"{self.name}: {operand.name} is {type_}, its dtype must be {operand.dtype}")
+
+    def conflicts(self, bound: Binding) -> list[Conflict]:
+        """Every operand dim whose placement this op cannot take."""
+        found = list[Conflict]()
+        for letter, uses in bound.uses.items():
+            role, first = self.role(letter), uses[0]
+            for use in uses:
+                dim = use.dim
+                if role in ("scan", "whole") and dim.axes:
+                    found.append(Conflict(use.operand, use.position, letter, dim, f"role {role} must see it whole"))
+                elif role == "scan" and dim.order:
+                    found.append(Conflict(use.operand, use.position, letter, dim, "role scan needs the natural order"))
+                elif (dim.axes, dim.order) != (first.dim.axes, first.dim.order):
+                    found.append(Conflict(use.operand, use.position, letter, dim, f"{self.inputs[first.operand].name} has it as {first.dim}"))
+        return found
+
+    def role(self, letter: str) -> str:
+        return self.roles["..."] if letter.startswith("...") else self.roles[letter]
+
+    def infer(self, types: Types, attrs: Mapping[str, Any]) -> tuple[TensorType, ...]:
+        """Types of the results; raises TypeMismatch or PlacementError."""
+        if self.type_rule:
+            self._check_present(types)
+            made = self.type_rule(*types, **attrs)
+            return made if isinstance(made, tuple) else (made,)
+        bound = self.bind(types, attrs)
+        if bad := self.conflicts(bound):
+            c = bad[0]
+            raise PlacementError(f"{self.name}: {self.inputs[c.operand].name}.{c.letter} is {c.dim}; {c.why}")
+        return self.result_types(bound, types, self._partial(bound, types))
+
+    def result_types(self, bound: Binding, types: Types, partial: frozenset[str]) -> tuple[TensorType, ...]:
+        """What the signature says of the results, placements carried over letter by letter."""
+        first = next(t for t in types if t is not None)
+        outputs = [alias(o, self._same(types)) for o in self.outputs]
+        return tuple(
+            TensorType(_dtype(out, first), tuple(self._dim(a, bound) for a in spread(out.axes, bound.rest)), partial) for out in outputs
+        )
+
+    def _dim(self, axis: Axis, bound: Binding) -> Dim:
+        dims = [bound.dim(x) for x in axis.letters]
+        size = plus(times(*(d.size for d in dims)), axis.offset) if axis.offset else times(*(d.size for d in dims))
+        major = next((d for d in dims if d.axes or d.order), dims[0])
+        if major is not dims[0]:
+            raise PlacementError(f"{self.name}: {major} is split, but it is not the outermost of ({' '.join(axis.letters)})")
+        return Dim(size, major.axes, major.order)
+
+    def _partial(self, bound: Binding, types: Types) -> frozenset[str]:
+        """Axes the results are partial over: operands that are, and summed letters that are split."""
+        summed = [{*t.partial} if t else set[str]() for t in types]
+        split = [set[str]() for _ in types]
+        for letter, uses in bound.uses.items():
+            if self.role(letter) == "sum":
+                for use in uses:
+                    split[use.operand].update(use.dim.axes)
+        axes = set[str]().union(*summed, *split)
+        for axis in sorted(axes):
+            self._check_linear(axis, types, summed, split)
+        return frozenset(axes)
+
+    def _check_linear(self, axis: str, types: Types, summed: list[set[str]], split: list[set[str]]) -> None:
+        """A sum over ranks may be put off only through operands in which the op is linear."""
+        present = {o.name: i for i, (o, t) in enumerate(zip(self.inputs, types, strict=True)) if t is not None}
+        for group in self.linear:
+            inside = [i for name, i in present.items() if name in group]
+            outside = [i for name, i in present.items() if name not in group]
+            covered = inside and all(axis in summed[i] or axis in split[i] for i in inside)
+            if covered and not any(axis in summed[i] for i in outside):
+                return
+        culprit = next((n for n, i in present.items() if axis in summed[i]), None)
+        if culprit:
+            raise PlacementError(f"{self.name}: {culprit} is partial over {axis}, in which the op is not linear; all_reduce it first")
+        raise PlacementError(f"{self.name}: a summed dim is split over {axis}, but another operand would be added once per rank")
+
+    # -- cost -----------------------------------------------------------------------------
+
+    @cached_property
+    def _flops(self) -> cost.Expression:
+        return cost.parse(self.flops_text, self.name)
+
+    def flops(self, types: Types, attrs: Mapping[str, Any], sizes: Mapping[str, int]) -> int:
+        """Floating-point operations, symbols bound by `sizes`."""
+        return cost.evaluate(self._flops, self.bind(types, attrs), attrs, sizes)
+
+
+def op(
+    signature: str, *, flops: str = "0", commutes: bool = False, row: bool = False, linear: str = "", same: str = "", **roles: str
+) -> Callable[[Callable[..., Any]], OpDef]:
+    """Define an op: `@op("x[... d], w[d] -> y[... d]", map="...", whole="d", linear="x, w")`."""
+    inputs, outputs = parse_signature(signature)
+    by_letter = {letter: role for role in ROLES for letter in roles.pop(role, "").split()}
+    if roles:
+        raise ValueError(f"unknown roles {sorted(roles)}; a role is one of {ROLES}")
+    groups = tuple(frozenset(g.split()) for g in linear.split(",") if g.strip())
+    equal = {n: (b, unless) for n, b, unless in (rule.split() for rule in same.split(",") if rule)}  # "n b cu": n is b unless cu
+
+    def define(fn: Callable[..., Any]) -> OpDef:
+        letters = {x for o in inputs for a in o.axes for x in a.letters if not x.isdigit()}
+        if missing := letters ^ by_letter.keys():
+            raise ValueError(f"{fn.__name__}: give each dim one role; differing: {sorted(missing)}")
+        params = inspect.signature(fn).parameters.values()
+        attrs = {p.name: p.default for p in params if p.kind is p.KEYWORD_ONLY}
+        made = OpDef(fn.__name__, inputs, outputs, by_letter, fn, attrs, flops, commutes, row, groups, equal)
+        made.__doc__ = fn.__doc__
+        OPS[made.name] = made
+        return made
+
+    return define
+
+
+def accumulator(dtype: str) -> str:
+    """The dtype that sums of this dtype are kept in."""
+    return "f64" if dtype == "f64" else "f32"
+
+
+def _dtype(out: Operand, first: TensorType) -> str:
+    return accumulator(first.dtype) if out.dtype == "acc" else out.dtype or first.dtype
+
+
+def unwrap(values: tuple[Value, ...]) -> Value | tuple[Value, ...]:
+    return values[0] if len(values) == 1 else values
+
+
+def size_of(value: Size) -> int:
+    """A size that must be a number by now."""
+    if isinstance(value, str):
+        raise TypeMismatch(f"a number is needed where {value} stands")
+    return value

@@ -1,0 +1,192 @@
+"""Ops that move data between ranks. In the global view each is the identity; types say what changed."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ..errors import PlacementError, TypeMismatch
+from ..op import op
+from ..types import Dim, TensorType
+
+Tensor = torch.Tensor
+Shards = list[Tensor]
+
+
+@op("x[...] -> y[...]", map="...", linear="x")
+def all_to_all(x: Tensor, *, axis: str, src: int, dst: int) -> Tensor:
+    """Stop splitting dim `src` over the axis; split dim `dst` instead"""
+    return x
+
+
+@all_to_all.infers
+def _(x: TensorType, *, axis: str, src: int, dst: int) -> TensorType:
+    """Which dims change is an attribute, which letters cannot say."""
+    _split_over(x, src, axis, "all_to_all")
+    _dim(x, dst, "all_to_all")
+    if axis in x.dims[dst].axes:
+        raise PlacementError(f"all_to_all: dim {dst} of {x} is already split over {axis}")
+    return _join(x, src, axis).with_dim(dst, replace(x.dims[dst], axes=(*x.dims[dst].axes, axis)))
+
+
+@all_to_all.ranks
+def _(x: Shards, *, axis: str, src: int, dst: int) -> Shards:
+    pieces = [s.chunk(len(x), dst) for s in x]
+    return [torch.cat([p[r] for p in pieces], src) for r in range(len(x))]
+
+
+@op("x[...] -> y[...]", map="...", linear="x")
+def all_gather(x: Tensor, *, axis: str, dim: int) -> Tensor:
+    """Every rank gets the whole of dim `dim`"""
+    return x
+
+
+@all_gather.infers
+def _(x: TensorType, *, axis: str, dim: int) -> TensorType:
+    """Which dim changes is an attribute, which letters cannot say."""
+    _split_over(x, dim, axis, "all_gather")
+    return _join(x, dim, axis)
+
+
+@all_gather.ranks
+def _(x: Shards, *, axis: str, dim: int) -> Shards:
+    whole = torch.cat(x, dim)
+    return [whole for _ in x]
+
+
+@op("x[...] -> y[...]", map="...", linear="x")
+def reduce_scatter(x: Tensor, *, axis: str, dim: int) -> Tensor:
+    """Sum the ranks' parts and leave each rank a slice of dim `dim`"""
+    return x
+
+
+@reduce_scatter.infers
+def _(x: TensorType, *, axis: str, dim: int) -> TensorType:
+    """Which dim changes is an attribute, which letters cannot say."""
+    _partial_over(x, axis, "reduce_scatter")
+    _dim(x, dim, "reduce_scatter")
+    d = x.dims[dim]
+    return replace(x.with_dim(dim, replace(d, axes=(*d.axes, axis))), partial=x.partial - {axis})
+
+
+@reduce_scatter.ranks
+def _(x: Shards, *, axis: str, dim: int) -> Shards:
+    return list(sum(x[1:], x[0]).chunk(len(x), dim))
+
+
+@op("x[...] -> y[...]", map="...", linear="x")
+def all_reduce(x: Tensor, *, axis: str) -> Tensor:
+    """Sum the ranks' parts; every rank gets the sum"""
+    return x
+
+
+@all_reduce.infers
+def _(x: TensorType, *, axis: str) -> TensorType:
+    """It ends a partial sum, which letters cannot say."""
+    _partial_over(x, axis, "all_reduce")
+    return replace(x, partial=x.partial - {axis})
+
+
+@all_reduce.ranks
+def _(x: Shards, *, axis: str) -> Shards:
+    total = sum(x[1:], x[0])
+    return [total for _ in x]
+
+
+@op("x[...] -> y[...]", map="...", linear="x")
+def shard(x: Tensor, *, axis: str, dim: int) -> Tensor:
+    """Keep this rank's slice of a replicated value; nothing moves"""
+    return x
+
+
+@shard.infers
+def _(x: TensorType, *, axis: str, dim: int) -> TensorType:
+    """Which dim changes is an attribute, which letters cannot say."""
+    _dim(x, dim, "shard")
+    if axis in x.partial or any(axis in d.axes for d in x.dims):
+        raise PlacementError(f"shard: {x} is split or partial over {axis} already")
+    return x.with_dim(dim, replace(x.dims[dim], axes=(*x.dims[dim].axes, axis)))
+
+
+@shard.ranks
+def _(x: Shards, *, axis: str, dim: int) -> Shards:
+    return [whole.chunk(len(x), dim)[r] for r, whole in enumerate(x)]
+
+
+def zigzag(length: int, parts: int) -> list[int]:
+    """The token at each place: 2 x parts chunks, rank r holding chunks r and 2 parts - 1 - r."""
+    if length % (2 * parts):
+        raise TypeMismatch(f"zigzag({parts}): {length} tokens do not divide into {2 * parts} chunks; pad to a multiple of {2 * parts}")
+    size = length // (2 * parts)
+    chunks = [c for r in range(parts) for c in (r, 2 * parts - 1 - r)]
+    return [c * size + i for c in chunks for i in range(size)]
+
+
+def order_parts(order: str) -> int:
+    """4 of `zigzag(4)`; the natural order has 0."""
+    found = re.fullmatch(r"zigzag\((\d+)\)", order)
+    if order and not found:
+        raise TypeMismatch(f"no token order called {order}; there is the natural one, '', and zigzag(n)")
+    return int(found[1]) if found else 0
+
+
+@op("x[...] -> y[...]", map="...", linear="x")
+def reorder(x: Tensor, *, dim: int = 1, order: str = "", was: str = "") -> Tensor:
+    """Permute tokens from order `was` to `order`: '' is natural, 'zigzag(n)' evens causal work over n ranks"""
+    index = torch.arange(x.shape[dim])
+    if parts := order_parts(was):
+        index = torch.tensor(zigzag(x.shape[dim], parts)).argsort()
+    if parts := order_parts(order):
+        index = index[torch.tensor(zigzag(x.shape[dim], parts))]
+    return x.index_select(dim, index.to(x.device))
+
+
+@reorder.infers
+def _(x: TensorType, *, dim: int, order: str, was: str) -> TensorType:
+    """The order is an attribute, which letters cannot say."""
+    _dim(x, dim, "reorder")
+    order_parts(order)
+    if x.dims[dim].order != was:
+        raise PlacementError(f"reorder: dim {dim} of {x} must be in order {was or 'natural'!r}")
+    if x.dims[dim].axes:
+        raise PlacementError(f"reorder: dim {dim} of {x} is split; permute it before it is split or after it is gathered")
+    return x.with_dim(dim, replace(x.dims[dim], order=order))
+
+
+def _dim(x: TensorType, dim: int, name: str) -> None:
+    if not -1 < dim < len(x.dims):
+        raise TypeMismatch(f"{name}: dim is {dim}, must be under {len(x.dims)} for {x}")
+
+
+def _split_over(x: TensorType, dim: int, axis: str, name: str) -> None:
+    _dim(x, dim, name)
+    if x.dims[dim].axes[-1:] != (axis,):
+        raise PlacementError(f"{name}: dim {dim} of {x} is not split over {axis} (innermost)")
+
+
+def _partial_over(x: TensorType, axis: str, name: str) -> None:
+    if axis not in x.partial:
+        raise PlacementError(f"{name}: {x} is not partial over {axis}; there is nothing to sum")
+
+
+def _join(x: TensorType, dim: int, axis: str) -> TensorType:
+    d = x.dims[dim]
+    return x.with_dim(dim, Dim(d.size, d.axes[:-1], d.order))
+
+
+COLLECTIVES = (all_to_all, all_gather, reduce_scatter, all_reduce, shard)
+
+
+def _collective_sample(attrs: dict[str, Any]) -> Any:
+    return lambda sample: [sample.randn(2, 4, 4), attrs]
+
+
+all_to_all.samples(_collective_sample({"axis": "cp", "src": 1, "dst": 2}))
+all_gather.samples(_collective_sample({"axis": "cp", "dim": 1}))
+reduce_scatter.samples(_collective_sample({"axis": "cp", "dim": 1}))
+all_reduce.samples(_collective_sample({"axis": "cp"}))
+shard.samples(_collective_sample({"axis": "cp", "dim": 1}))
+reorder.samples(_collective_sample({"dim": 1, "order": "zigzag(2)"}))

@@ -1,0 +1,117 @@
+"""Mixture of experts: route, dispatch to sorted rows, one linear per expert, combine; and the losses that balance it.
+
+Sources: Switch Transformer (arXiv 2101.03961), ST-MoE (2202.08906), DeepSeek-V3 (2412.19437).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..errors import TypeMismatch
+from ..op import op
+from ..sizes import times
+from ..types import Dim, TensorType
+from .pointwise import wide
+
+Tensor = torch.Tensor
+
+
+@op("logits[... e], bias[e]? -> weights:acc[... k], experts:i64[... k]", map="...", whole="e", flops="6*rest*e")
+def route(
+    logits: Tensor, bias: Tensor | None = None, *, k: int, score: str = "softmax", renormalize: bool = True, scale: float = 1.0,
+    groups: int = 1, group_limit: int = 1,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The k best experts of each token, lowest index first among equals, and their weights
+
+    `bias` steers the choice and not the weights; with `groups`, only the `group_limit` groups whose two best scores sum
+    highest are eligible; `renormalize` makes the k weights sum to one before `scale`.
+    """
+    scores = torch.softmax(wide(logits), -1) if score == "softmax" else torch.sigmoid(wide(logits))
+    choice = scores if bias is None else scores + wide(bias)
+    if groups > 1:
+        by_group = choice.unflatten(-1, (groups, -1))
+        best = by_group.topk(min(2, by_group.shape[-1]), -1).values.sum(-1)
+        keep = torch.zeros_like(best, dtype=torch.bool).scatter(-1, _first(best, group_limit), True)
+        choice = by_group.masked_fill(~keep.unsqueeze(-1), -torch.inf).flatten(-2)
+    experts = _first(choice, k)
+    weights = scores.gather(-1, experts)
+    if renormalize:
+        weights = weights / (weights.sum(-1, keepdim=True) + (1e-20 if score == "sigmoid" else 0.0))
+    return weights * scale, experts
+
+
+def _first(scores: Tensor, k: int) -> Tensor:
+    """Indices of the k largest, lowest index first among equals."""
+    return scores.sort(-1, descending=True, stable=True).indices[..., :k]
+
+
+@op("x[... d], experts:i64[... k] -> rows[(... k) d], order:i64[(... k)], counts:i64[e]", map="d", whole="... k", linear="x")
+def dispatch(x: Tensor, experts: Tensor, *, e: int) -> tuple[Tensor, Tensor, Tensor]:
+    """One row per (token, choice), sorted by expert; `order` says which pair each row is, `counts` how many rows each expert has"""
+    flat = experts.reshape(-1)
+    order = flat.sort(stable=True).indices
+    rows = x.reshape(-1, x.shape[-1])[order // experts.shape[-1]]
+    return rows, order, torch.bincount(flat, minlength=e)
+
+
+@dispatch.infers
+def _(x: TensorType, experts: TensorType, *, e: int) -> tuple[TensorType, ...]:
+    """The rows' size is the product of an ellipsis and k, in an order of their own."""
+    if [d.size for d in x.dims[:-1]] != [d.size for d in experts.dims[:-1]]:
+        raise TypeMismatch(f"dispatch: x is {x}, experts is {experts}; all but the last dims must be equal")
+    rows = Dim(times(1, *(d.size for d in experts.dims)))
+    return TensorType(x.dtype, (rows, x.dims[-1]), x.partial), TensorType("i64", (rows,)), TensorType("i64", (Dim(e),))
+
+
+@dispatch.samples
+def _(sample: Any) -> list[Any]:
+    return [sample.randn(2, 3, 4), torch.tensor([[[0, 2], [1, 2], [4, 0]]] * 2), {"e": 5}]
+
+
+@op("x[n i], w[e o i], counts:i64[e] -> y[n o]", map="o", sum="i", whole="n e", flops="2*n*i*o", linear="x, w")
+def grouped_linear(x: Tensor, w: Tensor, counts: Tensor) -> Tensor:
+    """Each expert's linear on its own rows, which stand together in order of expert"""
+    parts = x.split([int(c) for c in counts])
+    return torch.cat([part @ matrix.T for part, matrix in zip(parts, w.to(x.dtype), strict=True)])
+
+
+@grouped_linear.samples
+def _(sample: Any) -> list[Any]:
+    return [sample.randn(7, 4), sample.randn(3, 6, 4), torch.tensor([3, 0, 4])]
+
+
+@op("rows[n d], order:i64[n], weights[... k] -> y[... d]", map="d", whole="n ... k", flops="2*n*d", linear="rows, weights")
+def combine(rows: Tensor, order: Tensor, weights: Tensor) -> Tensor:
+    """Rows back at their tokens, weighted and summed over the choices"""
+    back = torch.empty_like(order).scatter(0, order, torch.arange(order.shape[0], device=order.device))
+    chosen = wide(rows)[back].reshape(*weights.shape, rows.shape[-1])
+    return (chosen * wide(weights).unsqueeze(-1)).sum(-2).to(rows.dtype)
+
+
+@combine.samples
+def _(sample: Any) -> list[Any]:
+    return [sample.randn(12, 4), torch.randperm(12), sample.randn(2, 3, 2)]
+
+
+@op("logits[... e], experts:i64[... k] -> loss:acc[]", whole="... e k", flops="4*rest*e")
+def load_balance_loss(logits: Tensor, experts: Tensor, *, score: str = "softmax") -> Tensor:
+    """e * sum_e (share of choices that went to e) * (mean score of e), 1 when even"""
+    scores = torch.softmax(wide(logits), -1) if score == "softmax" else torch.sigmoid(wide(logits))
+    if score == "sigmoid":
+        scores = scores / scores.sum(-1, keepdim=True)
+    e = logits.shape[-1]
+    share = torch.bincount(experts.reshape(-1), minlength=e).to(scores.dtype) / max(1, experts.numel())
+    return e * (share * scores.reshape(-1, e).mean(0)).sum()
+
+
+@load_balance_loss.samples
+def _(sample: Any) -> list[Any]:
+    return [sample.randn(2, 3, 5), torch.tensor([[[0, 2], [1, 2], [4, 0]]] * 2), {}]
+
+
+@op("logits[... e] -> loss:acc[]", whole="... e", flops="3*rest*e")
+def z_loss(logits: Tensor) -> Tensor:
+    """mean(logsumexp(logits)^2): keeps router logits small"""
+    return torch.logsumexp(wide(logits), -1).square().mean()

@@ -1,0 +1,27 @@
+"""Projections and the embedding. A split of a summed dim leaves a partial result."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from ..op import op
+
+Tensor = torch.Tensor
+
+
+@op("x[... i], w[o i], bias[o]? -> y[... o]", map="... o", sum="i", flops="2*rest*i*o", linear="x bias, w bias")
+def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
+    """y = x w^T + bias"""
+    return F.linear(x, w.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+@op("w[v d], tokens:i64[...] -> y[... d]", map="... d", whole="v", linear="w")
+def embedding(w: Tensor, tokens: Tensor) -> Tensor:
+    """y = the rows of w that the tokens name"""
+    return F.embedding(tokens, w)
+
+
+@embedding.samples
+def _(sample: object) -> list[object]:
+    return [torch.randn(7, 4, dtype=torch.float64), torch.randint(0, 7, (2, 6))]

@@ -1,0 +1,122 @@
+"""Ops that move numbers within a value: split, concat, reshape by signature."""
+
+from __future__ import annotations
+
+import math
+import re
+from functools import lru_cache
+
+import torch
+
+from ..errors import PlacementError, TypeMismatch
+from ..op import op
+from ..signature import Axis, Binding, Operand, bind, spread
+from ..sizes import times
+from ..types import Dim, TensorType
+
+Tensor = torch.Tensor
+
+
+@op("x[... d] -> y[... d]", map="...", whole="d", row=True, linear="x")
+def split(x: Tensor, *, sizes: tuple[int, ...]) -> tuple[Tensor, ...]:
+    """Sections of the last dim, in order"""
+    return x.split(list(sizes), -1)
+
+
+@split.infers
+def _(x: TensorType, *, sizes: tuple[int, ...]) -> tuple[TensorType, ...]:
+    """How many results there are is an attribute, which letters cannot say."""
+    last = x.dims[-1] if x.dims else Dim(0)
+    if last.axes or last.order:
+        raise PlacementError(f"split: x is {x}; role whole must see the last dim whole")
+    if sum(sizes) != last.size or not sizes or min(sizes) < 1:
+        raise TypeMismatch(f"split: sizes {sizes} add up to {sum(sizes)}, must add up to {last.size}")
+    return tuple(x.with_dim(len(x.dims) - 1, Dim(n)) for n in sizes)
+
+
+@split.samples
+def _(sample: object) -> list[object]:
+    return [torch.randn(2, 3, 7, dtype=torch.float64), {"sizes": (2, 4, 1)}]
+
+
+@op("a[... m], b[... n] -> y[... m]", map="...", whole="m n", row=True, linear="a b")
+def concat(a: Tensor, b: Tensor) -> Tensor:
+    """a and b side by side in the last dim"""
+    return torch.cat([a, b.to(a.dtype)], -1)
+
+
+@concat.infers
+def _(a: TensorType, b: TensorType) -> TensorType:
+    """The last size is a sum, which letters cannot say."""
+    if len(a.dims) != len(b.dims) or not a.dims or a.dims[:-1] != b.dims[:-1] or a.partial != b.partial:
+        raise TypeMismatch(f"concat: a is {a}, b is {b}; all but the last dim must be equal")
+    m, n = a.dims[-1], b.dims[-1]
+    if m.axes or n.axes or not isinstance(m.size, int) or not isinstance(n.size, int):
+        raise PlacementError(f"concat: a is {a}, b is {b}; the last dims must be whole numbers, not split")
+    return a.with_dim(len(a.dims) - 1, Dim(m.size + n.size))
+
+
+@op("x[...] -> y[...]", map="...", row=True, linear="x")
+def reshape(x: Tensor, *, pattern: str) -> Tensor:
+    """x with its dims grouped, parted or moved: pattern='... (h=8 d) -> ... h d'"""
+    left, right = _sides(pattern)
+    size = _numbers(x.shape, left)
+    rest = x.dim() - sum(a.letters != ("...",) for a in left)
+    flat = [y for a in spread(left, rest) for y in a.letters]
+    for i, n in enumerate(x.shape[: rest if left and left[0].letters == ("...",) else 0]):
+        size[f"...{i}"] = n
+    moved = [y for a in spread(right, rest) for y in a.letters]
+    y = x.reshape([size[a] for a in flat]).permute([flat.index(a) for a in moved])
+    return y.reshape([math.prod(size[z] for z in a.letters) for a in spread(right, rest)])
+
+
+def _numbers(shape: torch.Size, axes: tuple[Axis, ...]) -> dict[str, int]:
+    """The number each letter of the left side stands for."""
+    size = {x.split("=")[0]: int(x.split("=")[1]) for a in axes for x in a.letters if "=" in x}
+    fixed = [a for a in axes if a.letters != ("...",)]
+    for axis, n in zip(fixed, shape[len(shape) - len(fixed) :], strict=True):
+        known = math.prod(size.get(x.split("=")[0], 1) for x in axis.letters)
+        for x in axis.letters:
+            if x.split("=")[0] not in size:
+                size[x] = n // known
+    return {**size, **{f"{k}={v}": v for k, v in size.items()}}
+
+
+@lru_cache(maxsize=512)
+def _sides(pattern: str) -> tuple[tuple[Axis, ...], tuple[Axis, ...]]:
+    sides = pattern.split("->")
+    if len(sides) != 2:
+        raise TypeMismatch(f"reshape: pattern {pattern!r} must have two sides, '... (h=8 d) -> ... h d'")
+    parts = [re.findall(r"\(([^)]*)\)|([\w.=]+)", s) for s in sides]
+    left, right = (tuple(Axis(tuple(a.split()) if a else (b,)) for a, b in p) for p in parts)
+    named = {x.split("=")[0]: x for a in left for x in a.letters}
+    right = tuple(Axis(tuple(named.get(x, x) for x in a.letters)) for a in right)
+    if sorted(x for a in left for x in a.letters) != sorted(x for a in right for x in a.letters):
+        raise TypeMismatch(f"reshape: pattern {pattern!r} must have the same letters on both sides")
+    if any("..." in a.letters for a in left[1:]):
+        raise TypeMismatch(f"reshape: pattern {pattern!r} may have an ellipsis at the start alone")
+    return left, right
+
+
+@reshape.infers
+def _(x: TensorType, *, pattern: str) -> TensorType:
+    """The signature is an attribute; letters carry placements over, a split of (h d) is a split of h."""
+    left, right = _sides(pattern)
+    try:
+        known = {y: int(y.split("=")[1]) for a in left for y in a.letters if "=" in y}
+    except ValueError:
+        raise TypeMismatch(f"reshape: pattern {pattern!r}: a size is a number, 'h=8'") from None
+    bound = bind("reshape", [Operand("x", left)], [x], known)
+    return TensorType(x.dtype, tuple(_grouped(a, bound, pattern) for a in spread(right, bound.rest)), x.partial)
+
+
+def _grouped(axis: Axis, bound: Binding, pattern: str) -> Dim:
+    dims = [bound.dim(y) for y in axis.letters]
+    if any(d.axes or d.order for d in dims[1:]):
+        raise PlacementError(f"reshape {pattern!r}: a dim that is split may only be the outermost of a group")
+    return Dim(times(*(d.size for d in dims)), dims[0].axes, dims[0].order)
+
+
+@reshape.samples
+def _(sample: object) -> list[object]:
+    return [torch.randn(2, 3, 8, dtype=torch.float64), {"pattern": "b t (h=2 d) -> b h t d"}]
