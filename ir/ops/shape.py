@@ -58,7 +58,7 @@ def _(a: TensorType, b: TensorType) -> TensorType:
 
 @op("x[...] -> y[...]", map="...", row=True, linear="x")
 def reshape(x: Tensor, *, pattern: str) -> Tensor:
-    """x with its dims grouped, parted or moved: pattern='... (h=8 d) -> ... h d'"""
+    """x with its dims grouped, parted or moved: pattern='... (h=8 d) -> ... h d'; a letter `u=1` may come or go"""
     left, right = _sides(pattern)
     size = _numbers(x.shape, left)
     rest = x.dim() - sum(a.letters != ("...",) for a in left)
@@ -66,6 +66,7 @@ def reshape(x: Tensor, *, pattern: str) -> Tensor:
     for i, n in enumerate(x.shape[: rest if left and left[0].letters == ("...",) else 0]):
         size[f"...{i}"] = n
     moved = [y for a in spread(right, rest) for y in a.letters]
+    flat, moved = ([a for a in side if not a.endswith("=1")] for side in (flat, moved))
     y = x.reshape([size[a] for a in flat]).permute([flat.index(a) for a in moved])
     return y.reshape([math.prod(size[z] for z in a.letters) for a in spread(right, rest)])
 
@@ -79,7 +80,7 @@ def _numbers(shape: torch.Size, axes: tuple[Axis, ...]) -> dict[str, int]:
         for x in axis.letters:
             if x.split("=")[0] not in size:
                 size[x] = n // known
-    return {**size, **{f"{k}={v}": v for k, v in size.items()}}
+    return {**size, **{f"{k}={v}": v for k, v in size.items()}, "u=1": 1}
 
 
 @lru_cache(maxsize=512)
@@ -91,7 +92,7 @@ def _sides(pattern: str) -> tuple[tuple[Axis, ...], tuple[Axis, ...]]:
     left, right = (tuple(Axis(tuple(a.split()) if a else (b,)) for a, b in p) for p in parts)
     named = {x.split("=")[0]: x for a in left for x in a.letters}
     right = tuple(Axis(tuple(named.get(x, x) for x in a.letters)) for a in right)
-    if sorted(x for a in left for x in a.letters) != sorted(x for a in right for x in a.letters):
+    if len({tuple(sorted(x for a in side for x in a.letters if not x.endswith("=1"))) for side in (left, right)}) > 1:
         raise TypeMismatch(f"reshape: pattern {pattern!r} must have the same letters on both sides")
     if any("..." in a.letters for a in left[1:]):
         raise TypeMismatch(f"reshape: pattern {pattern!r} may have an ellipsis at the start alone")
@@ -103,7 +104,7 @@ def _(x: TensorType, *, pattern: str) -> TensorType:
     """The signature is an attribute; letters carry placements over, a split of (h d) is a split of h."""
     left, right = _sides(pattern)
     try:
-        known = {y: int(y.split("=")[1]) for a in left for y in a.letters if "=" in y}
+        known = {y: int(y.split("=")[1]) for a in (*left, *right) for y in a.letters if "=" in y}
     except ValueError:
         raise TypeMismatch(f"reshape: pattern {pattern!r}: a size is a number, 'h=8'") from None
     bound = bind("reshape", [Operand("x", left)], [x], known)

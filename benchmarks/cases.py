@@ -1,0 +1,239 @@
+"""The cases of the CPU table: shapes, inputs, the variants that take turns and the figure to reach."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import ours
+import peers
+import torch
+import torch.nn.functional as F
+from measure import Thunk
+from torch import Tensor, nn
+
+Inputs = Callable[[], tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """The variants of one row, ready to be timed, and what was learned while building them."""
+
+    variants: dict[str, Thunk]
+    notes: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table; `target` is the ratio for torch forms and for generated C++."""
+
+    case: str
+    title: str
+    shape: str
+    mode: str
+    target: tuple[float, float]
+    build: Callable[[], Bench]
+    over: str = "compile"
+    quick: bool = False
+
+
+def rows() -> list[Row]:
+    """Every timed row, in the order of the table."""
+    return [*_rules(), *_conv(), *_pointwise(), *_models(), *_decodes()]
+
+
+# One operation ----------------------------------------------------------------------------------------------------------
+
+
+def _operation(case: str, name: str, shape: str, inputs: Inputs, targets: tuple[tuple[float, float], ...], **rest: Any) -> list[Row]:
+    """The forward row and the forward-and-backward row of one operation."""
+    modes = zip(("fwd", "fwd+bwd"), targets, strict=True)
+    return [Row(case, name, shape, mode, target, lambda m=mode: _bench(name, inputs, m), **rest) for mode, target in modes]
+
+
+def _bench(name: str, inputs: Inputs, mode: str) -> Bench:
+    values, peer, form = inputs(), getattr(peers, name), ours.operation(name) if name in ours.OPERATIONS else None
+    calls: dict[str, Callable[..., Any]] = {"eager": peer, "compile": torch.compile(peer, dynamic=False)}
+    notes: dict[str, Any] = {}
+    if form is None:
+        # A pointwise region has no form of its own: Inductor's kernel for it is ours, so the row records the peers.
+        notes["ours"] = "row regions are lowered through Inductor"
+    elif isinstance(form, ours.Missing):
+        notes["ours"] = form.reason
+    else:
+        calls["ours"] = form
+        notes["error"] = _difference(form, peer, values)
+    return Bench({label: _thunk(call, values, mode) for label, call in calls.items()}, notes)
+
+
+def _thunk(call: Callable[..., Any], values: tuple[Tensor, ...], mode: str) -> Thunk:
+    if mode == "fwd":
+        return lambda: _without_gradient(call, values)
+    leaves = tuple(value.detach().requires_grad_(value.is_floating_point()) for value in values)
+    out = call(*leaves)
+    heads = [torch.randn_like(each) for each in (out if isinstance(out, tuple) else (out,))]
+
+    def train() -> object:
+        out = call(*leaves)
+        return torch.autograd.grad(out if isinstance(out, tuple) else (out,), leaves, heads)
+
+    return train
+
+
+def _without_gradient(call: Callable[..., Any], values: tuple[Tensor, ...]) -> object:
+    with torch.no_grad():
+        return call(*values)
+
+
+def _difference(form: Callable[..., Any], peer: Callable[..., Any], values: tuple[Tensor, ...]) -> float:
+    """Largest difference from the peer run in float32, over the largest value: bf16 is never judged by bf16."""
+    with torch.no_grad():
+        want = peer(*(value.float() for value in values)).float()
+        return ((form(*values).float() - want).abs().max() / want.abs().max()).item()
+
+
+def _delta_inputs(t: int, keys: int, heads: int, dtype: torch.dtype, channels: bool = False) -> Inputs:
+    def make() -> tuple[Tensor, ...]:
+        torch.manual_seed(0)
+        q, k = (F.normalize(torch.randn(1, t, keys, 128), dim=-1).to(dtype) for _ in "qk")
+        decay = -torch.rand(1, t, heads, *([128] if channels else [])) * 0.5
+        return q, k, torch.randn(1, t, heads, 128).to(dtype), decay, torch.rand(1, t, heads).to(dtype)
+
+    return make
+
+
+def _ssd_inputs(t: int, dtype: torch.dtype) -> Inputs:
+    def make() -> tuple[Tensor, ...]:
+        torch.manual_seed(0)
+        b, c = (torch.randn(1, t, 1, 128).mul(0.3).to(dtype) for _ in "bc")
+        return torch.randn(1, t, 16, 64).to(dtype), torch.rand(1, t, 16) * 0.1, -torch.linspace(1, 16, 16), b, c
+
+    return make
+
+
+def _rules() -> list[Row]:
+    made, wide = list[Row](), ((1.5, 6.0), (1.5, 5.0))
+    for t in (1024, 2048, 4096):
+        inputs = _delta_inputs(t, 4, 8, torch.float32)
+        made += _operation("C1", "gated_delta_rule", f"f32 {t}, 4k/8v x 128", inputs, wide, quick=t == 1024)
+    half = _delta_inputs(2048, 4, 8, torch.bfloat16)
+    made += _operation("C1", "gated_delta_rule", "bf16 2048, 4k/8v x 128", half, wide)
+    channels = _delta_inputs(1024, 4, 4, torch.float32, channels=True)
+    made += _operation("C1", "kimi_delta_attention", "f32 1024, 4 x 128", channels, wide)
+    made += _operation("C1", "ssd", "f32 2048, 16 x 64, state 128", _ssd_inputs(2048, torch.float32), wide, quick=True)
+    made += _operation("C1", "ssd", "bf16 2048, 16 x 64, state 128", _ssd_inputs(2048, torch.bfloat16), wide)
+    return made
+
+
+def _random(*shapes: tuple[int, ...]) -> Inputs:
+    def make() -> tuple[Tensor, ...]:
+        torch.manual_seed(0)
+        return tuple(torch.randn(shape) for shape in shapes)
+
+    return make
+
+
+def _conv() -> list[Row]:
+    inputs = _random((1, 8192, 2048), (2048, 4))
+    return _operation("C2", "conv_silu", "f32 8192 x 2048, width 4", inputs, ((1.0, 4.0), (1.0, 4.0)), quick=True)
+
+
+def _pointwise() -> list[Row]:
+    goal = ((1.0, 1.2), (1.0, 1.5))
+    shapes = {
+        "gated_norm": ("f32 8192 x 16 x 128", [(8192, 16, 128), (8192, 16, 128), (128,)]),
+        "add_norm": ("f32 8192 x 2048", [(8192, 2048), (8192, 2048), (2048,)]),
+        "qk_norm_rope": (
+            "f32 4096, 8 q / 2 kv x 256, 64 rotated",
+            [(1, 4096, 8, 256), (1, 4096, 2, 256), (256,), (256,), (1, 4096, 64), (1, 4096, 64)],
+        ),
+        "swiglu": ("f32 4096 x 5632", [(4096, 5632), (4096, 5632)]),
+    }
+    return [row for name, (shape, sizes) in shapes.items() for row in _operation("C3", name, shape, _random(*sizes), goal)]
+
+
+# Whole models -----------------------------------------------------------------------------------------------------------
+
+
+def _models() -> list[Row]:
+    made = list[Row]()
+    for t in (1024, 2048, 4096):
+        made += _model("C4", "q3n", "f32", t, ((1.6, 2.2), (1.6, 2.2)), quick=t == 1024)
+    made += _model("C4", "q3n-moe", "f32", 1024, ((1.6, 2.2), (1.6, 2.2)))
+    for t in (1024, 2048):
+        made += _model("C4b", "q3n", "bf16", t, ((1.2, 1.6), (1.4, 1.9)))
+    for dtype in ("f32", "bf16"):
+        made += _model("C5", "mamba2", dtype, 2048, ((1.3, 2.0), (1.3, 2.0)))
+    for dtype, goal in (("f32", 1.5), ("bf16", 1.1)):
+        made += _model("C6", "llama", dtype, 2048, ((1.0, goal), (1.0, goal)), over="peer")
+    return made
+
+
+def _model(case: str, name: str, dtype: str, t: int, targets: tuple[tuple[float, float], ...], **rest: Any) -> list[Row]:
+    modes = zip(("fwd", "fwd+bwd"), targets, strict=True)
+    return [
+        Row(case, name, f"{dtype} {t} tokens", mode, target, lambda m=mode: _model_bench(name, dtype, t, m), **rest)
+        for mode, target in modes
+    ]
+
+
+def _model_bench(name: str, dtype: str, t: int, mode: str) -> Bench:
+    tokens = torch.randint(0, peers.VOCAB, (1, t), generator=torch.Generator().manual_seed(0))
+    peer = peers.build(name, dtype)
+    free, mine = peers.mask_free(peer), ours.model(name, dtype, "infer" if mode == "fwd" else "train")
+    modules: dict[str, Any] = {"eager": peer, "compile": torch.compile(peer, dynamic=False)}
+    if free is not None:
+        modules["compile, no mask"] = torch.compile(free, dynamic=False)
+    step = forward if mode == "fwd" else train
+    variants = {label: lambda m=module: step(m, m, tokens) for label, module in modules.items()}
+    if not isinstance(mine, ours.Missing):
+        variants["ours"] = lambda: step(mine, mine if mode == "fwd" else mine.loss, tokens)  # type: ignore[union-attr]
+    return Bench(variants, {"parameters": peers.parameter_count(peer)} | _ours_notes(mine))
+
+
+def _ours_notes(mine: nn.Module | ours.Missing) -> dict[str, Any]:
+    if isinstance(mine, ours.Missing):
+        return {"ours": mine.reason}
+    return {"our parameters": peers.parameter_count(mine)}
+
+
+def forward(_module: nn.Module, call: Callable[..., Tensor], tokens: Tensor) -> object:
+    """Logits of all tokens, without gradients."""
+    with torch.no_grad():
+        return call(tokens)
+
+
+def train(module: nn.Module, call: Callable[..., Tensor], tokens: Tensor) -> object:
+    """One loss and its gradients; gradients are dropped, so that no step pays for adding to the last one's."""
+    loss = call(tokens, tokens)
+    loss.backward()
+    module.zero_grad(set_to_none=True)
+    return loss
+
+
+# Decoding ---------------------------------------------------------------------------------------------------------------
+
+PROMPT, SAID = 16, 64
+
+
+def _decodes() -> list[Row]:
+    return [
+        Row("C7", "q3n", f"{dtype}, {SAID} tokens after {PROMPT}, per token", "decode", (2.0, 4.0),
+            lambda d=dtype: _decode_bench(d), over="eager", quick=dtype == "f32")
+        for dtype in ("f32", "bf16")
+    ]  # fmt: skip
+
+
+def _decode_bench(dtype: str) -> Bench:
+    prompt = torch.randint(0, peers.VOCAB, (1, PROMPT), generator=torch.Generator().manual_seed(0))
+    peer, mine = peers.build("q3n", dtype).eval(), ours.model("q3n", dtype, "infer")
+    variants: dict[str, Thunk] = {"eager": lambda: _quietly(lambda: peers.decode(peer, prompt, SAID))}
+    if not isinstance(mine, ours.Missing):
+        variants["ours"] = lambda: _quietly(lambda: mine.generate(prompt, max_new_tokens=SAID))  # type: ignore[operator]
+    return Bench(variants, {"parameters": peers.parameter_count(peer), "calls": SAID} | _ours_notes(mine))
+
+
+def _quietly(call: Thunk) -> object:
+    with torch.no_grad():
+        return call()

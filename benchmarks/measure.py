@@ -1,0 +1,149 @@
+"""Interleaved timing: variants take turns, samples that a neighbour disturbed are dropped, medians are kept."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+Thunk = Callable[[], object]
+
+# The share of a sample's wall time that may be lost to other processes before the sample is dropped. /proc/stat counts in
+# steps of 10 ms, which is 4 % of the shortest sample, so a smaller share could not be told from nothing.
+DISTURBED = 0.06
+TICK = os.sysconf("SC_CLK_TCK")
+
+
+@dataclass(frozen=True)
+class Clock:
+    """One reading, in seconds: of the wall, of our CPU time, of our threads' wait for a core, of the machine."""
+
+    wall: float
+    own: float
+    waited: float
+    busy: float
+    stolen: float
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One stretch of repeated calls: seconds per call, and the shares of its wall time that others took."""
+
+    seconds: float
+    waited: float
+    others: float
+    stolen: float
+
+    @property
+    def disturbed(self) -> bool:
+        """Our threads waited for a core while somebody else had one, or the hypervisor took one away."""
+        return min(self.waited, self.others) > DISTURBED or self.stolen > DISTURBED
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What the samples of one variant say, in seconds per call."""
+
+    median: float
+    low: float
+    high: float
+    kept: int
+    dropped: int
+    quiet: bool
+
+    def record(self) -> dict[str, float | int | bool]:
+        """The timing as a JSON object."""
+        return asdict(self)
+
+
+def read_clock() -> Clock:
+    """Reads every clock a sample is judged by."""
+    busy, stolen = _machine()
+    return Clock(time.perf_counter(), time.process_time(), _waited(), busy, stolen)
+
+
+def take(call: Thunk, repeats: int) -> Sample:
+    """Times one stretch of calls."""
+    before = read_clock()
+    for _ in range(repeats):
+        call()
+    after = read_clock()
+    wall = after.wall - before.wall
+    others = (after.busy - before.busy) - (after.own - before.own)
+    shares = (after.waited - before.waited, others, after.stolen - before.stolen)
+    waited, others, stolen = (max(0.0, share) / wall for share in shares)
+    return Sample(wall / repeats, waited, others, stolen)
+
+
+def interleave(variants: Mapping[str, Thunk], *, samples: int = 5, seconds: float = 0.25, limit: int = 20) -> dict[str, Timing]:
+    """Times the variants in turn until each has enough clean samples, or the limit of rounds is reached."""
+    repeats = {name: _repeats(call, seconds) for name, call in variants.items()}
+    taken: dict[str, list[Sample]] = {name: [] for name in variants}
+    for turn in range(limit):
+        # The order turns round, so that no variant always runs in another one's cache.
+        names = list(variants)[turn % len(variants) :] + list(variants)[: turn % len(variants)]
+        for name in names:
+            if _clean(taken[name]) < samples:
+                taken[name].append(take(variants[name], repeats[name]))
+        if all(_clean(each) >= samples for each in taken.values()):
+            break
+    return {name: summarize(each, samples) for name, each in taken.items()}
+
+
+def summarize(taken: list[Sample], samples: int) -> Timing:
+    """The median of the clean samples; of all of them, and said so, where too few are clean."""
+    clean = [sample.seconds for sample in taken if not sample.disturbed]
+    quiet = len(clean) >= samples
+    kept = clean if len(clean) >= min(samples, 3) else [sample.seconds for sample in taken]
+    return Timing(statistics.median(kept), min(kept), max(kept), len(kept), len(taken) - len(kept), quiet)
+
+
+def wait_until_quiet(patience: float, threads: int) -> bool:
+    """Waits until other processes leave the cores we need alone; says whether they did."""
+    spare = (os.cpu_count() or threads) - threads
+    end = time.perf_counter() + patience
+    while True:
+        before = read_clock()
+        time.sleep(0.3)
+        after = read_clock()
+        others = (after.busy - before.busy - (after.own - before.own)) / (after.wall - before.wall)
+        if others <= spare + 0.15:
+            return True
+        if time.perf_counter() > end:
+            return False
+
+
+def _clean(taken: list[Sample]) -> int:
+    return sum(not sample.disturbed for sample in taken)
+
+
+def _repeats(call: Thunk, seconds: float) -> int:
+    """How many calls fill a sample; the first calls, which warm up, are not counted."""
+    call()
+    lasted = min(take(call, 1).seconds for _ in range(2))
+    return max(1, -(-int(seconds * 1e9) // max(1, int(lasted * 1e9))))
+
+
+def _waited() -> float:
+    """Seconds our threads were ready to run and had no core, from the scheduler's own account."""
+    return sum(_delay(each) for each in Path("/proc/self/task").glob("*/schedstat")) / 1e9
+
+
+def _delay(schedstat: Path) -> int:
+    try:
+        return int(schedstat.read_text().split()[1])
+    except (OSError, IndexError):
+        return 0  # a thread that ended between the listing and the reading
+
+
+def _machine() -> tuple[float, float]:
+    """Busy and stolen seconds of all cores together."""
+    try:
+        fields = [int(word) for word in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+    except OSError:
+        return 0.0, 0.0
+    user, nice, system, _idle, _iowait, irq, softirq, steal = fields
+    return (user + nice + system + irq + softirq) / TICK, steal / TICK

@@ -1,0 +1,94 @@
+"""Plait's side of the table: what is measured, by name; a name whose module is absent says so and the rest still runs."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+HIDDEN = 512
+VOCAB = 4096
+
+
+@dataclass(frozen=True)
+class Missing:
+    """Something of ours that cannot be measured, and why."""
+
+    reason: str
+
+
+def model(name: str, dtype: str = "f32", mode: str = "train", layers: int = 4) -> nn.Module | Missing:
+    """Our module for a mini: tokens give logits, `.loss(tokens, labels)` the loss, `.generate` a continuation."""
+    torch.manual_seed(0)
+    try:
+        compile_spec = importlib.import_module("plait").compile
+    except (ImportError, AttributeError) as error:
+        return Missing(f"plait.compile: {error}")
+    return compile_spec(SPECS[name](layers), target="cpu", dtype=dtype, mode=mode)
+
+
+def operation(name: str) -> Callable[..., Any] | Missing:
+    """Our form of one operation, with the call shape of the peer's function of that name."""
+    module, function, wrap = OPERATIONS[name]
+    try:
+        return wrap(getattr(importlib.import_module(module), function))
+    except (ImportError, AttributeError) as error:
+        return Missing(f"{module}.{function}: {error}")
+
+
+def _rule(form: Callable[..., Any]) -> Callable[..., Tensor]:
+    def call(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor) -> Tensor:
+        return form(q, k, v, decay, beta, scale=q.shape[-1] ** -0.5)[0]
+
+    return call
+
+
+def _ssd(form: Callable[..., Any]) -> Callable[..., Tensor]:
+    def call(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+        return form(c, b, x, dt * a, dt)[0]
+
+    return call
+
+
+def _conv_silu(form: Callable[..., Any]) -> Callable[..., Tensor]:
+    return lambda x, w: form(x, w, act="silu")[0]
+
+
+RECURRENCE = "plait.lowering.forms.recurrence"
+OPERATIONS: dict[str, tuple[str, str, Callable[[Callable[..., Any]], Callable[..., Any]]]] = {
+    "gated_delta_rule": (RECURRENCE, "gated_delta_rule", _rule),
+    "kimi_delta_attention": (RECURRENCE, "kimi_delta_attention", _rule),
+    "ssd": (RECURRENCE, "ssd", _ssd),
+    "conv_silu": ("plait.lowering.forms.conv", "causal_conv1d", _conv_silu),
+}
+
+
+def _spec(name: str, layers: int, mixers: list[str], ffn: str | None, **kinds: dict[str, Any]) -> dict[str, Any]:
+    pairs = [mixers[i % len(mixers)] for i in range(layers)]
+    blocks = [block for mixer in pairs for block in ([mixer] if ffn is None else [mixer, ffn])]
+    zero_centered = name.startswith("q3n")
+    return {
+        "name": name, "vocab": VOCAB, "hidden": HIDDEN, "blocks": blocks, "norm": "rms", "norm_eps": 1e-6,
+        "zero_centered": zero_centered, "tied": False, "max_length": 8192, **kinds,
+    }  # fmt: skip
+
+
+GDN = {"kind": "gdn", "key_heads": 4, "value_heads": 8, "key_dim": 128, "value_dim": 128, "conv": 4}
+MAMBA2 = {"kind": "mamba2", "heads": 16, "head_dim": 64, "state": 128, "groups": 1, "conv": 4}
+MLP = {"kind": "mlp", "width": 1408, "act": "silu", "glu": True}
+MOE = {"kind": "moe", "experts": 16, "top_k": 4, "width": 352, "act": "silu", "glu": True, "score": "softmax",
+       "renormalize": True, "shared_width": 352, "shared_gate": True}  # fmt: skip
+GATED = {"kind": "attention", "heads": 4, "kv_heads": 1, "head_dim": 256, "qk_norm": True, "gate": True,
+         "rope": {"theta": 10000.0, "fraction": 0.25}}  # fmt: skip
+PLAIN = {"kind": "attention", "heads": 8, "kv_heads": 2, "head_dim": 64, "rope": {"theta": 10000.0}}
+
+SPECS: dict[str, Callable[[int], dict[str, Any]]] = {
+    "q3n": lambda n: _spec("q3n", n, ["gdn", "gdn", "gdn", "attention"], "mlp", gdn=GDN, attention=GATED, mlp=MLP),
+    "q3n-moe": lambda n: _spec("q3n-moe", n, ["gdn", "gdn", "gdn", "attention"], "moe", gdn=GDN, attention=GATED, moe=MOE),
+    "llama": lambda n: _spec("llama", n, ["attention"], "mlp", attention=PLAIN, mlp=MLP),
+    "mamba2": lambda n: _spec("mamba2", n, ["mamba2"], None, mamba2=MAMBA2),
+}

@@ -1,0 +1,106 @@
+"""A model spec to IR: an entry graph that calls one graph per distinct layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..ir import Builder, Graph, Init, TensorType, Value, ops, tensor_type
+from .kinds import Attention, Moe
+from .layers import build_layer, model_norm
+from .spec import ModelSpec, named_kinds
+
+TASKS = ("logits", "loss")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is built: the task, the dtype, and which optional inputs the program has."""
+
+    task: str = "logits"
+    dtype: str = "bf16"
+    packed: bool = False  # with segment borders `cu`
+    training: bool = False  # with dropout and its seed
+
+
+def build(spec: ModelSpec, *, task: str = "logits", dtype: str = "", packed: bool = False, training: bool = False) -> Graph:
+    """The program `tokens -> logits`, or `tokens, labels -> loss`; labels[b, t] is the token wanted after position t.
+
+    Inputs in order: tokens i64[b, s]; labels i64[b, s] for the loss; cu i64[n+1] when packed; seed i64[] when the spec
+    has dropout and it trains. Parameters: `embed`, `layers.N.*`, `norm`, and `head` unless tied.
+    """
+    plan = Plan(task, dtype or spec.dtype, packed, training and spec.dropout > 0)
+    b = Builder(_identifier(spec.name))
+    tokens = b.input("tokens", tensor_type("i64", "b", "s"))
+    given = {n: b.input(n, t) for n, t in _optional(plan).items()}
+    table = b.param("embed", tensor_type(plan.dtype, spec.vocab, spec.hidden), Init("normal", (spec.init_std,)))
+    x = ops.embedding(table, tokens)
+    x = ops.scale(x, by=spec.embed_scale) if spec.embed_scale != 1 else x
+    shared = {k: v for k, v in given.items() if k != "labels"}
+    if any(isinstance(k, Attention) and k.rope for k in spec.blocks):
+        shared["p"] = ops.positions(tokens, **({"cu": given["cu"]} if packed else {}))
+    x, losses = _blocks(b, spec, plan, x, shared)
+    return b.finish([_finish(b, spec, plan, x, table, given, losses)])
+
+
+def _identifier(name: str) -> str:
+    text = "".join(c if c.isalnum() else "_" for c in name)
+    return text if text[0].isalpha() else f"model_{text}"
+
+
+def _optional(plan: Plan) -> dict[str, TensorType]:
+    found = {"labels": tensor_type("i64", "b", "s")} if plan.task == "loss" else {}
+    if plan.packed:
+        found["cu"] = tensor_type("i64", "n+1")
+    if plan.training:
+        found["seed"] = tensor_type("i64")
+    return found
+
+
+def _blocks(b: Builder, spec: ModelSpec, plan: Plan, x: Value, shared: dict[str, Value]) -> tuple[Value, list[Value]]:
+    """Call the graph of every block in turn; balance losses are collected."""
+    layers: dict[Any, Graph] = {}
+    losses = list[Value]()
+    for name, kind in named_kinds(spec).items():
+        title = name.replace("attention", "self_attention")  # `attention` itself is an op
+        layers[kind] = build_layer(kind, spec, plan.dtype, {n: shared[n].type for n in _reads(kind, plan) if n in shared}, title)
+    for i, kind in enumerate(spec.blocks):
+        with b.at(f"layers.{i}"):
+            made = b.call(layers[kind], x, *(shared[n] for n in _reads(kind, plan) if n in shared), params=f"layers.{i}")
+        x, *balance = made if isinstance(made, tuple) else (made,)
+        losses += balance
+    return x, losses
+
+
+def _reads(kind: Any, plan: Plan) -> tuple[str, ...]:
+    """Which shared values a block of this kind takes."""
+    mixes = kind.kind not in ("mlp", "moe")
+    found = ["p"] if isinstance(kind, Attention) and kind.rope else []
+    return (*found, *(["cu"] if mixes and plan.packed else []), *(["seed"] if plan.training else []))
+
+
+def _finish(
+    b: Builder, spec: ModelSpec, plan: Plan, x: Value, table: Value, given: dict[str, Value], losses: list[Value]
+) -> Value:
+    """Final norm and head: logits, or the mean cross entropy plus the balance losses."""
+    head = Builder("head", "layer")
+    h = head.input("x", x.type)
+    w = head.input("w", tensor_type(plan.dtype, spec.vocab, spec.hidden))
+    labels = [head.input("labels", given["labels"].type)] if plan.task == "loss" else []
+    with head.at("head"):
+        n = model_norm(spec, h, lambda suffix, init: head.param(f"norm{suffix}", tensor_type(plan.dtype, spec.hidden), init))
+        if labels:
+            out = ops.linear_cross_entropy(n, w, labels[0], softcap=spec.logit_softcap)
+        else:
+            out = ops.linear(n, w)
+            out = ops.softcap(out, cap=spec.logit_softcap) if spec.logit_softcap else out
+    weight = table if spec.tied else b.param("head", tensor_type(plan.dtype, spec.vocab, spec.hidden), Init("normal", (spec.init_std,)))
+    y = b.call(head.finish([out]), x, weight, *([given["labels"]] if labels else []), params="final")
+    for loss in losses if plan.task == "loss" else ():
+        y = ops.add(y, loss)
+    return y
+
+
+def has_balance_losses(spec: ModelSpec) -> bool:
+    """Whether training adds more than the cross entropy."""
+    return any(isinstance(k, Moe) and (k.aux_loss or k.z_loss) for k in spec.blocks)

@@ -1,0 +1,246 @@
+"""What each layer kind computes, as IR: one graph per kind, `x + mixer(norm(x))`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..ir import ONES, ZEROS, Builder, Graph, Init, Value, ops, tensor_type
+from .kinds import Attention, Gdn, Kda, Mamba2, Mlp, Moe
+from .spec import ModelSpec
+
+Mixer = Callable[["Layer", Any, Any], Value]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer graph being built: its builder, its model, and the values that every layer may read."""
+
+    b: Builder
+    spec: ModelSpec
+    dtype: str
+    shared: Mapping[str, Value]  # p: positions, cu: segment borders, seed: of the dropout
+
+    def weight(self, name: str, *shape: int, out: bool = False) -> Value:
+        """A matrix; one that writes into the residual stream starts smaller by sqrt(number of blocks)."""
+        std = self.spec.init_std / (math.sqrt(len(self.spec.blocks)) if out else 1)
+        return self.b.param(name, tensor_type(self.dtype, *shape), Init("normal", (float(f"{std:.6g}"),)))
+
+    def vector(self, name: str, size: int, init: Init) -> Value:
+        return self.b.param(name, tensor_type(self.dtype, size), init)
+
+    def wide_vector(self, name: str, size: int, init: Init) -> Value:
+        """A small parameter that is kept in at least float32: decay rates, step biases, routing biases."""
+        return self.b.param(name, tensor_type("f64" if self.dtype == "f64" else "f32", size), init)
+
+    def norm(self, x: Value, name: str, size: int) -> Value:
+        """The model's norm, as in front of every block."""
+        return model_norm(self.spec, x, lambda n, init: self.vector(f"{name}{n}", size, init))
+
+    def linear(self, x: Value, name: str, out: int, *, residual: bool = False, bias: bool = False) -> Value:
+        size = x.type.dims[-1].size
+        w = self.weight(name, out, int(size), out=residual)
+        return ops.linear(x, w, self.vector(f"{name}_bias", out, ZEROS)) if bias else ops.linear(x, w)
+
+
+def model_norm(spec: ModelSpec, x: Value, vector: Callable[[str, Init], Value]) -> Value:
+    """RMS or layer norm as the spec says, its parameters made by `vector(suffix, init)`."""
+    w = vector("", ZEROS if spec.zero_centered else ONES)
+    if spec.norm == "rms":
+        return ops.rms_norm(x, w, eps=spec.norm_eps, zero_centered=spec.zero_centered)
+    return ops.layer_norm(x, w, vector("_bias", ZEROS), eps=spec.norm_eps, zero_centered=spec.zero_centered)
+
+
+def heads(x: Value, h: int) -> Value:
+    """Part the last dim into h heads."""
+    return ops.reshape(x, pattern=f"... (h={h} d) -> ... h d")
+
+
+def merge(x: Value) -> Value:
+    """Heads side by side in one last dim."""
+    return ops.reshape(x, pattern="b t h d -> b t (h d)")
+
+
+def attention(at: Layer, x: Value, kind: Attention) -> Value:
+    """q, gate, k, v from one projection; norm and rope per head; attention; gate; output projection."""
+    gated = kind.query_width if kind.gate else 0
+    wide = at.linear(x, "w_in", kind.query_width + gated + 2 * kind.kv_width, bias=kind.bias)
+    q, *gate, k, v = ops.split(wide, sizes=(kind.query_width, *((gated,) if gated else ()), kind.kv_width, kind.kv_width))
+    q, k, v = heads(q, kind.heads), heads(k, kind.kv_heads), heads(v, kind.kv_heads)
+    if kind.qk_norm:
+        with at.b.at("qk_norm"):
+            q, k = at.norm(q, "q_norm", kind.head_dim), at.norm(k, "k_norm", kind.head_dim)
+    if kind.rope:
+        q, k = (ops.rope(y, at.shared["p"], **_rope(kind)) for y in (q, k))
+    named = {"cu": at.shared["cu"]} if "cu" in at.shared else {}
+    if kind.sinks:
+        named["sinks"] = at.wide_vector("sinks", kind.heads, ZEROS)
+    options = {"causal": kind.causal, "window": kind.window, "softcap": kind.softcap, "scale": kind.scale}
+    o = merge(ops.attention(q, k, v, **named, **options))
+    if gate:
+        with at.b.at("gate"):
+            o = ops.mul(o, ops.sigmoid(gate[0]))
+    return at.linear(o, "w_out", at.spec.hidden, residual=True, bias=kind.out_bias)
+
+
+def _rope(kind: Attention) -> dict[str, Any]:
+    rope = kind.rope
+    assert rope is not None
+    s = rope.scaling
+    scaling = (s.factor, s.low, s.high, float(s.original)) if s else ()
+    return {"theta": rope.theta, "fraction": rope.fraction, "interleaved": rope.interleaved, "scaling": scaling}
+
+
+def gdn(at: Layer, x: Value, kind: Gdn) -> Value:
+    """Gated delta net: q|k|v|z|beta|alpha, conv over q|k|v, delta rule, norm then gate (SEMANTICS: GatedDeltaNet)."""
+    wide = at.linear(x, "w_in", kind.in_width)
+    qkv, z, beta, alpha = ops.split(wide, sizes=(kind.conv_width, kind.value_width, kind.value_heads, kind.value_heads))
+    qkv = _conv(at, qkv, kind.conv_width, kind.conv)
+    q, k, v = ops.split(qkv, sizes=(kind.key_width, kind.key_width, kind.value_width))
+    with at.b.at("qk_norm"):
+        q, k = (ops.l2_norm(heads(y, kind.key_heads)) for y in (q, k))
+    with at.b.at("gates"):
+        decay = _decay(at, alpha, kind.value_heads)
+        beta = ops.sigmoid(beta)
+    o, _ = ops.gated_delta_rule(q, k, heads(v, kind.value_heads), decay, beta, **_cu(at), scale=kind.key_dim**-0.5)
+    o = _norm_then_gate(at, o, heads(z, kind.value_heads), kind.value_dim, kind.gate_act)
+    return at.linear(o, "w_out", at.spec.hidden, residual=True)
+
+
+def _cu(at: Layer) -> dict[str, Value]:
+    return {"cu": at.shared["cu"]} if "cu" in at.shared else {}
+
+
+def _conv(at: Layer, x: Value, width: int, taps: int, *, bias: bool = False) -> Value:
+    bound = taps**-0.5
+    w = at.b.param("conv", tensor_type(at.dtype, width, taps), Init("uniform", (-bound, bound)))
+    named = {"bias": at.vector("conv_bias", width, ZEROS)} if bias else {}
+    y, _ = ops.causal_conv1d(x, w, **named, **_cu(at), act="silu")
+    return y
+
+
+def _decay(at: Layer, alpha: Value, size: int) -> Value:
+    """-exp(A_log) softplus(alpha + dt_bias), in at least float32."""
+    step = ops.softplus(ops.add_bias(ops.widen(alpha), at.wide_vector("dt_bias", size, ONES)))
+    return ops.scale_columns(step, ops.neg_exp(at.wide_vector("A_log", size, Init("log_uniform", (1.0, 16.0)))))
+
+
+def _norm_then_gate(at: Layer, o: Value, z: Value, size: int, act: str) -> Value:
+    with at.b.at("out_norm"):
+        n = ops.rms_norm(o, at.vector("out_norm", size, ONES), eps=at.spec.norm_eps)
+        return merge(ops.mul(n, getattr(ops, act)(z)))
+
+
+def kda(at: Layer, x: Value, kind: Kda) -> Value:
+    """Kimi delta attention: low-rank decay per key channel, delta rule, norm then sigmoid gate."""
+    rank, width = kind.head_dim, kind.width
+    wide = at.linear(x, "w_in", 3 * width + 2 * rank + kind.heads)
+    qkv, f, g, beta = ops.split(wide, sizes=(3 * width, rank, rank, kind.heads))
+    qkv = _conv(at, qkv, 3 * width, kind.conv)
+    q, k, v = (heads(y, kind.heads) for y in ops.split(qkv, sizes=(width, width, width)))
+    with at.b.at("qk_norm"):
+        q, k = ops.l2_norm(q), ops.l2_norm(k)
+    with at.b.at("gates"):
+        step = ops.add_bias(ops.widen(at.linear(f, "w_decay", width)), at.wide_vector("dt_bias", width, ONES))
+        rate = ops.neg_exp(at.wide_vector("A_log", kind.heads, Init("log_uniform", (1.0, 16.0))))
+        decay = ops.scale_heads(heads(ops.softplus(step), kind.heads), rate)
+        beta = ops.sigmoid(ops.widen(beta))
+    o, _ = ops.kimi_delta_attention(q, k, v, decay, beta, **_cu(at), scale=kind.head_dim**-0.5)
+    o = _norm_then_gate(at, o, heads(at.linear(g, "w_gate", width), kind.heads), kind.head_dim, "sigmoid")
+    return at.linear(o, "w_out", at.spec.hidden, residual=True)
+
+
+def mamba2(at: Layer, x: Value, kind: Mamba2) -> Value:
+    """Mamba-2: z|x|B|C|dt, conv over x|B|C, state space duality, gate then grouped norm (SEMANTICS: Mamba-2 mixer)."""
+    wide = at.linear(x, "w_in", kind.in_width)
+    z, xbc, dt = ops.split(wide, sizes=(kind.inner, kind.conv_width, kind.heads))
+    xbc = _conv(at, xbc, kind.conv_width, kind.conv, bias=kind.conv_bias)
+    v, k, q = ops.split(xbc, sizes=(kind.inner, kind.groups * kind.state, kind.groups * kind.state))
+    v, k, q = heads(v, kind.heads), heads(k, kind.groups), heads(q, kind.groups)
+    with at.b.at("gates"):
+        bias = at.wide_vector("dt_bias", kind.heads, Init("step_bias", (kind.dt_min, kind.dt_max, kind.dt_floor)))
+        step = ops.softplus(ops.add_bias(ops.widen(dt), bias))
+        if kind.dt_limit:
+            step = ops.clamp(step, low=kind.dt_limit[0], high=kind.dt_limit[1])
+        rate = ops.neg_exp(at.wide_vector("A_log", kind.heads, Init("log_uniform", (kind.a_min, kind.a_max))))
+        decay = ops.scale_columns(step, rate)
+    y, _ = ops.ssd(q, k, v, decay, step, **_cu(at))
+    y = ops.add(y, ops.scale_heads(v, at.wide_vector("D", kind.heads, ONES)))
+    with at.b.at("out_norm"):
+        gated = ops.mul(merge(y), ops.silu(z))
+        o = ops.rms_norm(gated, at.vector("out_norm", kind.inner, ONES), eps=at.spec.norm_eps, groups=kind.norm_groups)
+    return at.linear(o, "w_out", at.spec.hidden, residual=True)
+
+
+def mlp(at: Layer, x: Value, kind: Mlp) -> Value:
+    """Dense feed-forward: act(gate) * up, or act(up)."""
+    wide = at.linear(x, "w_in", kind.width * (2 if kind.glu else 1), bias=kind.bias)
+    return at.linear(_activate(wide, kind.act, kind.glu), "w_out", at.spec.hidden, residual=True, bias=kind.bias)
+
+
+def _activate(x: Value, act: str, glu: bool) -> Value:
+    name, options = ("gelu", {"approximate": "tanh"}) if act == "gelu_tanh" else (act, {})
+    if not glu:
+        return getattr(ops, name)(x, **options)
+    size = int(x.type.dims[-1].size)
+    gate, up = ops.split(x, sizes=(size // 2, size // 2))
+    return ops.mul(getattr(ops, name)(gate, **options), up)
+
+
+def moe(at: Layer, x: Value, kind: Moe) -> tuple[Value, ...]:
+    """Routed experts beside an always-on shared one; the balance losses come out as a second result."""
+    logits = at.linear(x, "w_router", kind.experts)
+    named = {"bias": at.wide_vector("route_bias", kind.experts, ZEROS)} if kind.route_bias else {}
+    options = {"k": kind.top_k, "score": kind.score, "renormalize": kind.renormalize, "scale": kind.route_scale}
+    if kind.groups > 1:
+        options |= {"groups": kind.groups, "group_limit": kind.group_limit}
+    weights, chosen = ops.route(logits, **named, **options)
+    with at.b.at("experts"):
+        rows, order, counts = ops.dispatch(x, chosen, e=kind.experts)
+        w_in = at.weight("w_in", kind.experts, kind.width * (2 if kind.glu else 1), at.spec.hidden)
+        inner = _activate(ops.grouped_linear(rows, w_in, counts), kind.act, kind.glu)
+        w_out = at.weight("w_out", kind.experts, at.spec.hidden, kind.width, out=True)
+        y = ops.combine(ops.grouped_linear(inner, w_out, counts), order, weights)
+    if kind.shared_width:
+        with at.b.at("shared"):
+            y = ops.add(y, _shared(at, x, kind))
+    return y, *_balance(kind, logits, chosen)
+
+
+def _shared(at: Layer, x: Value, kind: Moe) -> Value:
+    inner = _activate(at.linear(x, "w_shared_in", kind.shared_width * (2 if kind.glu else 1)), kind.act, kind.glu)
+    y = at.linear(inner, "w_shared_out", at.spec.hidden, residual=True)
+    if not kind.shared_gate:
+        return y
+    gate = ops.reshape(ops.sigmoid(at.linear(x, "w_shared_gate", 1)), pattern="... u=1 -> ...")
+    return ops.scale_rows(y, gate)
+
+
+def _balance(kind: Moe, logits: Value, chosen: Value) -> tuple[Value, ...]:
+    """The weighted balance losses, as one scalar; nothing when neither is asked for."""
+    losses = list[Value]()
+    if kind.aux_loss:
+        losses.append(ops.scale(ops.load_balance_loss(logits, chosen, score=kind.score), by=kind.aux_loss))
+    if kind.z_loss:
+        losses.append(ops.scale(ops.z_loss(logits), by=kind.z_loss))
+    return (ops.add(*losses),) if len(losses) == 2 else tuple(losses)
+
+
+MIXERS: dict[str, Mixer] = {"attention": attention, "gdn": gdn, "kda": kda, "mamba2": mamba2, "mlp": mlp, "moe": moe}  # type: ignore[dict-item] # each takes its own kind
+
+
+def build_layer(kind: Any, spec: ModelSpec, dtype: str, shared: Mapping[str, Any], name: str) -> Graph:
+    """`x + mixer(norm(x))` of one kind; `shared` are the types of the other values it reads, by name."""
+    b = Builder(name, "layer")
+    x = b.input("x", tensor_type(dtype, "b", "s", spec.hidden))
+    layer = Layer(b, spec, dtype, {n: b.input(n, t) for n, t in shared.items()})
+    with b.at(name):
+        with b.at("norm"):
+            h = layer.norm(x, "norm", spec.hidden)
+        made = MIXERS[kind.kind](layer, h, kind)
+        y, *losses = made if isinstance(made, tuple) else (made,)
+        if spec.dropout and "seed" in layer.shared:
+            y = ops.dropout(y, layer.shared["seed"], p=spec.dropout)
+        return b.finish([ops.add(x, y), *losses])
