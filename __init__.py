@@ -1,1 +1,5 @@
 """plait: compile hybrid language models."""
+
+from __future__ import annotations
+
+__version__ = "0.1.0"

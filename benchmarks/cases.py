@@ -14,6 +14,7 @@ from measure import Thunk
 from torch import Tensor, nn
 
 Inputs = Callable[[], tuple[Tensor, ...]]
+Targets = tuple[tuple[float, float], tuple[float, float]]
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ def rows() -> list[Row]:
 # One operation ----------------------------------------------------------------------------------------------------------
 
 
-def _operation(case: str, name: str, shape: str, inputs: Inputs, targets: tuple[tuple[float, float], ...], **rest: Any) -> list[Row]:
+def _operation(case: str, name: str, shape: str, inputs: Inputs, targets: Targets, **rest: Any) -> list[Row]:
     """The forward row and the forward-and-backward row of one operation."""
     modes = zip(("fwd", "fwd+bwd"), targets, strict=True)
     return [Row(case, name, shape, mode, target, lambda m=mode: _bench(name, inputs, m), **rest) for mode, target in modes]
@@ -170,7 +171,7 @@ def _models() -> list[Row]:
     return made
 
 
-def _model(case: str, name: str, dtype: str, t: int, targets: tuple[tuple[float, float], ...], **rest: Any) -> list[Row]:
+def _model(case: str, name: str, dtype: str, t: int, targets: Targets, **rest: Any) -> list[Row]:
     modes = zip(("fwd", "fwd+bwd"), targets, strict=True)
     return [
         Row(case, name, f"{dtype} {t} tokens", mode, target, lambda m=mode: _model_bench(name, dtype, t, m), **rest)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from cases import Row, rows
 from fresh import cold_and_warm, peak_memory
-from measure import Timing, interleave, wait_until_quiet
+from measure import Timing, interleave
 from rich.console import Console
 from rich.table import Table
 
@@ -48,7 +48,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, default=RESULTS / time.strftime("cpu-%Y%m%d-%H%M%S.json"), help="where to write")
     parser.add_argument("--quick", action="store_true", help="the small shapes only, three samples each")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="torch threads")
-    parser.add_argument("--patience", type=float, default=5.0, help="seconds to wait for a quiet machine before each row")
+    parser.add_argument("--patience", type=float, default=60.0, help="seconds a row may wait for a quiet machine")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile of the peer out: minutes less")
     return parser.parse_args()
 
@@ -70,13 +70,12 @@ def timed(row: Row, args: argparse.Namespace, say: Console) -> Record:
     torch._dynamo.reset()
     bench = row.build()
     variants = {label: call for label, call in bench.variants.items() if not (args.no_compile and label in COMPILED)}
-    calm = wait_until_quiet(args.patience, args.threads)
-    timings = interleave(variants, samples=3 if args.quick else 5)
+    timings = interleave(variants, samples=3 if args.quick else 5, patience=args.patience)
     # A decoding call says many tokens; the row is per token.
     milliseconds = {label: each.median * 1e3 / bench.notes.get("calls", 1) for label, each in timings.items()}
-    record = {"case": row.case, "title": row.title, "shape": row.shape, "mode": row.mode, "over": row.over, "target": row.target}
+    record: Record = {field: getattr(row, field) for field in ("case", "title", "shape", "mode", "over", "target")}
     record |= {"ms": milliseconds, "timings": {label: each.record() for label, each in timings.items()}, "notes": bench.notes}
-    record |= {"quiet": calm and all(each.quiet for each in timings.values()), "ratio": ratio(milliseconds, row.over)}
+    record |= {"quiet": all(each.quiet for each in timings.values()), "ratio": ratio(milliseconds, row.over)}
     say.print("   " + describe(milliseconds, timings))
     return record
 

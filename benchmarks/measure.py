@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
+
 Thunk = Callable[[], object]
 
 # The share of a sample's wall time that may be lost to other processes before the sample is dropped. /proc/stat counts in
@@ -38,9 +40,14 @@ class Sample:
     stolen: float
 
     @property
+    def lost(self) -> float:
+        """The share lost: our threads waited for a core while somebody else had one, or the hypervisor took one away."""
+        return max(min(self.waited, self.others), self.stolen)
+
+    @property
     def disturbed(self) -> bool:
-        """Our threads waited for a core while somebody else had one, or the hypervisor took one away."""
-        return min(self.waited, self.others) > DISTURBED or self.stolen > DISTURBED
+        """Too much was lost for the sample to count."""
+        return self.lost > DISTURBED
 
 
 @dataclass(frozen=True)
@@ -65,11 +72,12 @@ def read_clock() -> Clock:
     return Clock(time.perf_counter(), time.process_time(), _waited(), busy, stolen)
 
 
-def take(call: Thunk, repeats: int) -> Sample:
-    """Times one stretch of calls."""
-    before = read_clock()
-    for _ in range(repeats):
+def take(call: Thunk, seconds: float) -> Sample:
+    """Times calls for at least so many seconds."""
+    repeats, before = 0, read_clock()
+    while repeats == 0 or time.perf_counter() - before.wall < seconds:
         call()
+        repeats += 1
     after = read_clock()
     wall = after.wall - before.wall
     others = (after.busy - before.busy) - (after.own - before.own)
@@ -78,53 +86,50 @@ def take(call: Thunk, repeats: int) -> Sample:
     return Sample(wall / repeats, waited, others, stolen)
 
 
-def interleave(variants: Mapping[str, Thunk], *, samples: int = 5, seconds: float = 0.25, limit: int = 20) -> dict[str, Timing]:
-    """Times the variants in turn until each has enough clean samples, or the limit of rounds is reached."""
-    repeats = {name: _repeats(call, seconds) for name, call in variants.items()}
+def interleave(
+    variants: Mapping[str, Thunk], *, samples: int = 5, seconds: float = 0.25, patience: float = 0.0, limit: int = 20
+) -> dict[str, Timing]:
+    """Times the variants in turn until each has enough clean samples; `patience` is the seconds it may wait for quiet."""
+    for call in variants.values():
+        call()
+        call()
     taken: dict[str, list[Sample]] = {name: [] for name in variants}
     for turn in range(limit):
         # The order turns round, so that no variant always runs in another one's cache.
         names = list(variants)[turn % len(variants) :] + list(variants)[: turn % len(variants)]
         for name in names:
             if _clean(taken[name]) < samples:
-                taken[name].append(take(variants[name], repeats[name]))
+                patience -= wait_until_quiet(patience)
+                taken[name].append(take(variants[name], seconds))
         if all(_clean(each) >= samples for each in taken.values()):
             break
     return {name: summarize(each, samples) for name, each in taken.items()}
 
 
 def summarize(taken: list[Sample], samples: int) -> Timing:
-    """The median of the clean samples; of all of them, and said so, where too few are clean."""
-    clean = [sample.seconds for sample in taken if not sample.disturbed]
+    """The median of the clean samples; of the least disturbed ones, and said so, where too few are clean."""
+    clean = [sample for sample in taken if not sample.disturbed]
     quiet = len(clean) >= samples
-    kept = clean if len(clean) >= min(samples, 3) else [sample.seconds for sample in taken]
+    kept = [each.seconds for each in (clean if quiet else sorted(taken, key=lambda sample: sample.lost)[:samples])]
     return Timing(statistics.median(kept), min(kept), max(kept), len(kept), len(taken) - len(kept), quiet)
 
 
-def wait_until_quiet(patience: float, threads: int) -> bool:
-    """Waits until other processes leave the cores we need alone; says whether they did."""
-    spare = (os.cpu_count() or threads) - threads
-    end = time.perf_counter() + patience
-    while True:
+def wait_until_quiet(patience: float) -> float:
+    """Waits, so many seconds at most, until other processes leave us the cores our threads need; gives the time waited."""
+    spare = (os.cpu_count() or 1) - torch.get_num_threads()
+    start = time.perf_counter()
+    while time.perf_counter() - start < patience:
         before = read_clock()
-        time.sleep(0.3)
+        time.sleep(0.1)
         after = read_clock()
         others = (after.busy - before.busy - (after.own - before.own)) / (after.wall - before.wall)
         if others <= spare + 0.15:
-            return True
-        if time.perf_counter() > end:
-            return False
+            break
+    return time.perf_counter() - start
 
 
 def _clean(taken: list[Sample]) -> int:
     return sum(not sample.disturbed for sample in taken)
-
-
-def _repeats(call: Thunk, seconds: float) -> int:
-    """How many calls fill a sample; the first calls, which warm up, are not counted."""
-    call()
-    lasted = min(take(call, 1).seconds for _ in range(2))
-    return max(1, -(-int(seconds * 1e9) // max(1, int(lasted * 1e9))))
 
 
 def _waited() -> float:

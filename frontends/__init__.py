@@ -1,0 +1,14 @@
+"""From what people write to IR: specs, Megatron patterns, presets."""
+
+from .build import build
+from .count import active_parameter_count, parameter_count
+from .load import dump_spec, load_spec
+from .pattern import parse_pattern
+from .presets import PRESETS
+from .shrink import shrink
+from .spec import ModelSpec, named_kinds
+
+__all__ = [
+    "PRESETS", "ModelSpec", "active_parameter_count", "build", "dump_spec", "load_spec", "named_kinds", "parameter_count",
+    "parse_pattern", "shrink",
+]  # fmt: skip

@@ -71,7 +71,7 @@ def attention(at: Layer, x: Value, kind: Attention) -> Value:
     q, k, v = heads(q, kind.heads), heads(k, kind.kv_heads), heads(v, kind.kv_heads)
     if kind.qk_norm:
         with at.b.at("qk_norm"):
-            q, k = at.norm(q, "q_norm", kind.head_dim), at.norm(k, "k_norm", kind.head_dim)
+            q, k = (_head_norm(at, y, name, kind.head_dim) for y, name in ((q, "q_norm"), (k, "k_norm")))
     if kind.rope:
         q, k = (ops.rope(y, at.shared["p"], **_rope(kind)) for y in (q, k))
     named = {"cu": at.shared["cu"]} if "cu" in at.shared else {}
@@ -83,6 +83,12 @@ def attention(at: Layer, x: Value, kind: Attention) -> Value:
         with at.b.at("gate"):
             o = ops.mul(o, ops.sigmoid(gate[0]))
     return at.linear(o, "w_out", at.spec.hidden, residual=True, bias=kind.out_bias)
+
+
+def _head_norm(at: Layer, x: Value, name: str, size: int) -> Value:
+    """RMS norm of every head, zero-centered where the model's norms are."""
+    w = at.vector(name, size, ZEROS if at.spec.zero_centered else ONES)
+    return ops.rms_norm(x, w, eps=at.spec.norm_eps, zero_centered=at.spec.zero_centered)
 
 
 def _rope(kind: Attention) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,16 +32,40 @@ def check_attrs(op: OpDef, given: Mapping[str, Any]) -> dict[str, Any]:
 
 def _checked(op: OpDef, name: str, value: Any) -> Any:
     wanted = attr_kind(op, name)
-    if wanted.startswith("tuple"):
-        if isinstance(value, list | tuple) and all(isinstance(x, int | float | str) for x in value):  # type: ignore[reportUnknownVariableType] # any sequence
-            return tuple(value)  # type: ignore[reportUnknownArgumentType] # its items were checked above
-        raise TypeMismatch(f"{op.name}: attribute {name} is {value!r}, must be a {wanted}")
+    if wanted.startswith("tuple["):
+        item = wanted.removeprefix("tuple[").removesuffix(", ...]")
+        if not isinstance(value, list | tuple) or not all(_fits(x, item) for x in value):  # type: ignore[reportUnknownVariableType] # any sequence
+            raise TypeMismatch(f"{op.name}: attribute {name} is {_shown(value)}, must be a {wanted}")
+        return tuple(_number(op, name, x, item) for x in value)  # type: ignore[reportUnknownVariableType] # its items were checked above
+    if wanted.startswith("Literal["):
+        choices = re.findall(r"""['"](.*?)['"]""", wanted)
+        if value not in choices:
+            raise TypeMismatch(f"{op.name}: attribute {name} is {_shown(value)}, must be one of {', '.join(choices)}")
+        return value
+    if not _fits(value, wanted):
+        raise TypeMismatch(f"{op.name}: attribute {name} is {_shown(value)}, must be a {wanted}")
+    return _number(op, name, value, wanted)
+
+
+def _fits(value: Any, wanted: str) -> bool:
     kinds = tuple(k for part in wanted.split(" | ") for k in _KINDS[part])
-    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-        raise TypeMismatch(f"{op.name}: attribute {name} is {value!r}, must be a {wanted}")
-    if isinstance(value, float) and not math.isfinite(value) and not (math.isinf(value) and "inf" in str(op.attrs[name])):
+    return isinstance(value, kinds) and not (isinstance(value, bool) and bool not in kinds)
+
+
+def _number(op: OpDef, name: str, value: Any, wanted: str) -> Any:
+    """The value, an integer for a float made one; numbers no tensor can hold are refused."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return value
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise TypeMismatch(f"{op.name}: attribute {name} is {_shown(value)}, must be under 2**63")
+    if not math.isfinite(value) and not (math.isinf(value) and "inf" in str(op.attrs[name])):
         raise TypeMismatch(f"{op.name}: attribute {name} is {value!r}, must be finite")
-    return float(value) if "float" in wanted and isinstance(value, int) and not isinstance(value, bool) else value
+    return float(value) if "float" in wanted else value
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def attr_kind(op: OpDef, name: str) -> str:

@@ -12,7 +12,7 @@ from .attributes import check_attrs
 from .errors import ParseError, PlacementError, TypeMismatch
 from .init import Init
 from .op import OpDef, unwrap
-from .types import TensorType
+from .types import TensorType, checked
 
 ROLES = ("graph", "layer", "kernel")
 
@@ -119,14 +119,14 @@ class Builder:
         self.inputs, self.params, self.inits, self.nodes = list[Value](), list[Value](), list[Init](), list[Node]()
 
     def input(self, name: str, type_: TensorType) -> Value:
-        value = Value(name, type_, self)
+        value = Value(name, checked(type_, name), self)
         self.inputs.append(value)
         return value
 
     def param(self, name: str, type_: TensorType, init: Init) -> Value:
         if any(p.name == name for p in self.params):
             raise TypeMismatch(f"{self.name}: parameter {name} is given twice")
-        value = Value(name, type_, self)
+        value = Value(name, checked(type_, name), self)
         self.params.append(value)
         self.inits.append(init)
         return value

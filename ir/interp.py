@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from .errors import TypeMismatch
-from .graph import Graph, Node, Value
+from .graph import Graph, Node, Value, parameters
 from .types import Mesh, TensorType
 
 Params = Mapping[str, torch.Tensor]
@@ -54,6 +54,10 @@ def simulate(graph: Graph, mesh: Mesh, *tensors: torch.Tensor, params: Params | 
     Autograd flows through, so gradients of inputs and parameters are those of the program that the ranks run together.
     """
     ranks = mesh.ranks
+    if len(tensors) != len(graph.inputs):
+        raise TypeMismatch(f"{graph.name} takes {len(graph.inputs)} inputs, got {len(tensors)}")
+    if missing := [name for name in parameters(graph) if name not in (params or {})]:
+        raise TypeMismatch(f"{graph.name}: parameters {', '.join(missing)} are missing")
     given = _shards_of_params(graph, mesh, params or {})
     inputs = [scatter(t, v.type, mesh) for t, v in zip(tensors, graph.inputs, strict=True)]
 
@@ -105,7 +109,8 @@ def _part(whole: torch.Tensor, type_: TensorType, mesh: Mesh, at: dict[str, int]
 def gather(shards: list[torch.Tensor], type_: TensorType, mesh: Mesh) -> torch.Tensor:
     """The global tensor that the ranks' parts make up."""
     parts = list(zip(mesh.ranks, shards, strict=True))
-    for axis, _ in reversed(mesh.axes):
+    split = [axis for d in type_.dims for axis in reversed(d.axes)]  # the innermost slices stand closest
+    for axis in [*split, *(name for name, _ in mesh.axes if name not in split)]:
         dims = [i for i, d in enumerate(type_.dims) if axis in d.axes]
         parts = _merge(parts, axis, dims[0] if dims else None, axis in type_.partial)
     return parts[0][1]

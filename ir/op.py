@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from . import cost
 from .errors import PlacementError, TypeMismatch
 from .signature import Axis, Binding, Operand, alias, bind, parse_signature, spread
-from .sizes import Size, times, plus
-from .types import Dim, TensorType
+from .sizes import plus, times
+from .types import Dim, TensorType, checked
 
 if TYPE_CHECKING:
     from .graph import Value
@@ -136,12 +136,18 @@ class OpDef:
         if self.type_rule:
             self._check_present(types)
             made = self.type_rule(*types, **attrs)
-            return made if isinstance(made, tuple) else (made,)
+            results = made if isinstance(made, tuple) else (made,)
+        else:
+            results = self.result_types(*self.placed(types, attrs))
+        return tuple(checked(t, self.name) for t in results)
+
+    def placed(self, types: Types, attrs: Mapping[str, Any]) -> tuple[Binding, Types, frozenset[str]]:
+        """The letters and the axes that results are partial over; a PlacementError where an operand cannot live as it does."""
         bound = self.bind(types, attrs)
         if bad := self.conflicts(bound):
             c = bad[0]
             raise PlacementError(f"{self.name}: {self.inputs[c.operand].name}.{c.letter} is {c.dim}; {c.why}")
-        return self.result_types(bound, types, self._partial(bound, types))
+        return bound, types, self._partial(bound, types)
 
     def result_types(self, bound: Binding, types: Types, partial: frozenset[str]) -> tuple[TensorType, ...]:
         """What the signature says of the results, placements carried over letter by letter."""
@@ -154,10 +160,9 @@ class OpDef:
     def _dim(self, axis: Axis, bound: Binding) -> Dim:
         dims = [bound.dim(x) for x in axis.letters]
         size = plus(times(*(d.size for d in dims)), axis.offset) if axis.offset else times(*(d.size for d in dims))
-        major = next((d for d in dims if d.axes or d.order), dims[0])
-        if major is not dims[0]:
-            raise PlacementError(f"{self.name}: {major} is split, but it is not the outermost of ({' '.join(axis.letters)})")
-        return Dim(size, major.axes, major.order)
+        if inner := next((d for d in dims[1:] if d.axes or d.order), None):
+            raise PlacementError(f"{self.name}: {inner} is split, but it is not the outermost of ({' '.join(axis.letters)})")
+        return Dim(size, dims[0].axes, dims[0].order)
 
     def _partial(self, bound: Binding, types: Types) -> frozenset[str]:
         """Axes the results are partial over: operands that are, and summed letters that are split."""
@@ -233,10 +238,3 @@ def _dtype(out: Operand, first: TensorType) -> str:
 
 def unwrap(values: tuple[Value, ...]) -> Value | tuple[Value, ...]:
     return values[0] if len(values) == 1 else values
-
-
-def size_of(value: Size) -> int:
-    """A size that must be a number by now."""
-    if isinstance(value, str):
-        raise TypeMismatch(f"a number is needed where {value} stands")
-    return value

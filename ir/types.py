@@ -8,6 +8,7 @@ from itertools import product
 import torch
 
 from . import sizes
+from .errors import PlacementError, TypeMismatch
 from .sizes import Size
 
 DTYPES: dict[str, torch.dtype] = {
@@ -81,6 +82,16 @@ def tensor_type(dtype: str, *dims: Size | Dim) -> TensorType:
     return TensorType(dtype, tuple(d if isinstance(d, Dim) else Dim(sizes.canonical(d)) for d in dims))
 
 
+def checked(type_: TensorType, where: str) -> TensorType:
+    """Refuse a type that no value can have: a negative size, or a mesh axis used twice."""
+    if any(isinstance(d.size, int) and d.size < 0 for d in type_.dims):
+        raise TypeMismatch(f"{where}: {type_} has a negative size")
+    axes = [*(a for d in type_.dims for a in d.axes), *sorted(type_.partial)]
+    if twice := next((a for i, a in enumerate(axes) if a in axes[:i]), None):
+        raise PlacementError(f"{where}: {type_} uses mesh axis {twice} twice; it may be split over one dim, or partial")
+    return type_
+
+
 @dataclass(frozen=True)
 class Mesh:
     """Named axes of devices; ranks count through the last axis fastest."""
@@ -88,6 +99,8 @@ class Mesh:
     axes: tuple[tuple[str, int], ...]
 
     def __getitem__(self, axis: str) -> int:
+        if axis not in self:
+            raise PlacementError(f"the mesh has no axis called {axis}; it has {', '.join(name for name, _ in self.axes) or 'none'}")
         return dict(self.axes)[axis]
 
     def __contains__(self, axis: str) -> bool:

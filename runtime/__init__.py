@@ -1,0 +1,8 @@
+"""Program -> a module that runs, trains, generates and is saved."""
+
+from .checkpoint import read_metadata, read_tensors, save_tensors
+from .files import write_atomic, write_text
+from .module import CompiledModel, Variant
+from .runner import Runner
+
+__all__ = ["CompiledModel", "Runner", "Variant", "read_metadata", "read_tensors", "save_tensors", "write_atomic", "write_text"]

@@ -14,7 +14,7 @@ from .pointwise import (
 from .position import frequencies, positions, rope
 from .random import dropout
 from .recurrence import FAMILY, Traits, delta_rule, gated_delta_rule, gated_linear_attention, kimi_delta_attention, retention, segments, ssd
-from .shape import concat, reshape, split
+from .shape import concat, reshape, sides, split
 
 __all__ = [
     "ACTIVATIONS", "COLLECTIVES", "FAMILY", "Traits", "add", "add_bias", "all_gather", "all_reduce", "all_to_all", "attention",
@@ -22,6 +22,6 @@ __all__ = [
     "embedding", "frequencies", "gated_delta_rule", "gated_linear_attention", "gelu", "grouped_linear", "kimi_delta_attention",
     "l2_norm", "layer_norm", "linear", "linear_cross_entropy", "load_balance_loss", "mul", "neg_exp", "order_parts", "positions",
     "reduce_scatter", "relu", "relu2", "reorder", "reshape", "retention", "rms_norm", "rope", "route", "scale", "scale_columns",
-    "scale_heads", "scale_rows", "segments", "shard", "sigmoid", "silu", "softcap", "softplus", "split", "ssd", "wide", "widen",
+    "scale_heads", "scale_rows", "segments", "shard", "sides", "sigmoid", "silu", "softcap", "softplus", "split", "ssd", "wide", "widen",
     "z_loss", "zigzag",
 ]  # fmt: skip

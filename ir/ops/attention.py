@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ..op import op
@@ -44,11 +46,17 @@ def visible(t: int, s: int, cu: Tensor | None, at: Tensor | None, causal: bool, 
     if window:
         mask = mask & (j > i - window)
     if cu is not None:
-        of = torch.zeros(s, dtype=torch.int64)
+        of = torch.zeros(s, dtype=torch.int64, device=device)
         for n, (_, start, end) in enumerate(segments(1, s, cu)):
             of[start:end] = n
         mask = mask & (of[:t, None] == of[None])
     return mask
+
+
+@attention.samples
+def _(sample: Any) -> list[Any]:
+    q, k, v, sinks = sample.randn(1, 5, 6, 3), sample.randn(1, 5, 3, 3), sample.randn(1, 5, 3, 7), sample.randn(6)
+    return [q, k, v, sinks, torch.tensor([0, 2, 2, 5]), torch.tensor(0), {"window": 3, "softcap": 2.0}]
 
 
 @op("cache[b m g d], x[b t g d], at:i64[] -> y[b m g d]", map="b g d", whole="m t", linear="cache x")
@@ -58,5 +66,5 @@ def cache_write(cache: Tensor, x: Tensor, at: Tensor) -> Tensor:
 
 
 @cache_write.samples
-def _(sample: object) -> list[object]:
-    return [torch.randn(2, 7, 2, 4, dtype=torch.float64), torch.randn(2, 3, 2, 4, dtype=torch.float64), torch.tensor(2)]
+def _(sample: Any) -> list[Any]:
+    return [sample.randn(2, 7, 2, 4), sample.randn(2, 3, 2, 4), torch.tensor(2)]

@@ -34,7 +34,7 @@ def _(x: TensorType, *, axis: str, src: int, dst: int) -> TensorType:
 
 @all_to_all.ranks
 def _(x: Shards, *, axis: str, src: int, dst: int) -> Shards:
-    pieces = [s.chunk(len(x), dst) for s in x]
+    pieces = [_slices(s, len(x), dst) for s in x]
     return [torch.cat([p[r] for p in pieces], src) for r in range(len(x))]
 
 
@@ -74,7 +74,7 @@ def _(x: TensorType, *, axis: str, dim: int) -> TensorType:
 
 @reduce_scatter.ranks
 def _(x: Shards, *, axis: str, dim: int) -> Shards:
-    return list(sum(x[1:], x[0]).chunk(len(x), dim))
+    return _slices(sum(x[1:], x[0]), len(x), dim)
 
 
 @op("x[...] -> y[...]", map="...", linear="x")
@@ -113,7 +113,14 @@ def _(x: TensorType, *, axis: str, dim: int) -> TensorType:
 
 @shard.ranks
 def _(x: Shards, *, axis: str, dim: int) -> Shards:
-    return [whole.chunk(len(x), dim)[r] for r, whole in enumerate(x)]
+    return [_slices(whole, len(x), dim)[r] for r, whole in enumerate(x)]
+
+
+def _slices(x: Tensor, ranks: int, dim: int) -> Shards:
+    """Equal slices, one per rank."""
+    if x.shape[dim] % ranks:
+        raise TypeMismatch(f"dim {dim} is {x.shape[dim]} long, which {ranks} ranks do not divide; pad it to a multiple of {ranks}")
+    return list(x.chunk(ranks, dim))
 
 
 def zigzag(length: int, parts: int) -> list[int]:
@@ -127,7 +134,7 @@ def zigzag(length: int, parts: int) -> list[int]:
 
 def order_parts(order: str) -> int:
     """4 of `zigzag(4)`; the natural order has 0."""
-    found = re.fullmatch(r"zigzag\((\d+)\)", order)
+    found = re.fullmatch(r"zigzag\(([1-9]\d{0,8})\)", order)
     if order and not found:
         raise TypeMismatch(f"no token order called {order}; there is the natural one, '', and zigzag(n)")
     return int(found[1]) if found else 0

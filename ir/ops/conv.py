@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, Literal
+
 import torch
 import torch.nn.functional as F
 
@@ -17,7 +19,7 @@ Tensor = torch.Tensor
     map="b c", scan="t", whole="k n", flops="2*b*t*c*k", same="n b cu",
 )  # fmt: skip
 def causal_conv1d(
-    x: Tensor, w: Tensor, bias: Tensor | None = None, state: Tensor | None = None, cu: Tensor | None = None, *, act: str = "none"
+    x: Tensor, w: Tensor, bias: Tensor | None = None, state: Tensor | None = None, cu: Tensor | None = None, *, act: Literal["none", "silu"] = "none"
 ) -> tuple[Tensor, Tensor]:
     """y_t = act(sum_i w_i x_{t-k+1+i} + bias); `state` is the k - 1 inputs before the start, `final` the last ones"""
     runs = segments(x.shape[0], x.shape[1], cu)
@@ -30,3 +32,10 @@ def causal_conv1d(
         finals.append(padded[:, padded.shape[1] - behind :])
     y = torch.stack([torch.cat(row) for row in rows])
     return (F.silu(y) if act == "silu" else y).to(x.dtype), torch.stack(finals)
+
+
+@causal_conv1d.samples
+def _(sample: Any) -> list[Any]:
+    cu = torch.tensor([0, 1, 1, 5]) if sample.coin() else None
+    runs, batch = (3, 1) if cu is not None else (3, 3)
+    return [sample.randn(batch, 5, 7), sample.randn(7, 4), sample.randn(7), sample.randn(runs, 7, 3), cu, {"act": "silu"}]

@@ -5,11 +5,10 @@ Sources: Switch Transformer (arXiv 2101.03961), ST-MoE (2202.08906), DeepSeek-V3
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-from ..errors import TypeMismatch
 from ..op import op
 from ..sizes import times
 from ..types import Dim, TensorType
@@ -20,7 +19,7 @@ Tensor = torch.Tensor
 
 @op("logits[... e], bias[e]? -> weights:acc[... k], experts:i64[... k]", map="...", whole="e", flops="6*rest*e")
 def route(
-    logits: Tensor, bias: Tensor | None = None, *, k: int, score: str = "softmax", renormalize: bool = True, scale: float = 1.0,
+    logits: Tensor, bias: Tensor | None = None, *, k: int, score: Literal["softmax", "sigmoid"] = "softmax", renormalize: bool = True, scale: float = 1.0,
     groups: int = 1, group_limit: int = 1,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The k best experts of each token, lowest index first among equals, and their weights
@@ -44,7 +43,12 @@ def route(
 
 def _first(scores: Tensor, k: int) -> Tensor:
     """Indices of the k largest, lowest index first among equals."""
-    return scores.sort(-1, descending=True, stable=True).indices[..., :k]
+    return scores.sort(dim=-1, descending=True, stable=True).indices[..., :k]
+
+
+@route.samples
+def _(sample: Any) -> list[Any]:
+    return [sample.randn(3, 5, 6), sample.randn(6), {"k": 2, "groups": 3, "group_limit": 2}]
 
 
 @op("x[... d], experts:i64[... k] -> rows[(... k) d], order:i64[(... k)], counts:i64[e]", map="d", whole="... k", linear="x")
@@ -59,10 +63,9 @@ def dispatch(x: Tensor, experts: Tensor, *, e: int) -> tuple[Tensor, Tensor, Ten
 @dispatch.infers
 def _(x: TensorType, experts: TensorType, *, e: int) -> tuple[TensorType, ...]:
     """The rows' size is the product of an ellipsis and k, in an order of their own."""
-    if [d.size for d in x.dims[:-1]] != [d.size for d in experts.dims[:-1]]:
-        raise TypeMismatch(f"dispatch: x is {x}, experts is {experts}; all but the last dims must be equal")
+    _, _, partial = dispatch.placed((x, experts), {})
     rows = Dim(times(1, *(d.size for d in experts.dims)))
-    return TensorType(x.dtype, (rows, x.dims[-1]), x.partial), TensorType("i64", (rows,)), TensorType("i64", (Dim(e),))
+    return TensorType(x.dtype, (rows, x.dims[-1]), partial), TensorType("i64", (rows,)), TensorType("i64", (Dim(e),))
 
 
 @dispatch.samples
@@ -92,11 +95,11 @@ def combine(rows: Tensor, order: Tensor, weights: Tensor) -> Tensor:
 
 @combine.samples
 def _(sample: Any) -> list[Any]:
-    return [sample.randn(12, 4), torch.randperm(12), sample.randn(2, 3, 2)]
+    return [sample.randn(12, 4), sample.permutation(12), sample.randn(2, 3, 2)]
 
 
 @op("logits[... e], experts:i64[... k] -> loss:acc[]", whole="... e k", flops="4*rest*e")
-def load_balance_loss(logits: Tensor, experts: Tensor, *, score: str = "softmax") -> Tensor:
+def load_balance_loss(logits: Tensor, experts: Tensor, *, score: Literal["softmax", "sigmoid"] = "softmax") -> Tensor:
     """e * sum_e (share of choices that went to e) * (mean score of e), 1 when even"""
     scores = torch.softmax(wide(logits), -1) if score == "softmax" else torch.sigmoid(wide(logits))
     if score == "sigmoid":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
@@ -23,5 +25,5 @@ def embedding(w: Tensor, tokens: Tensor) -> Tensor:
 
 
 @embedding.samples
-def _(sample: object) -> list[object]:
-    return [torch.randn(7, 4, dtype=torch.float64), torch.randint(0, 7, (2, 6))]
+def _(sample: Any) -> list[Any]:
+    return [sample.randn(7, 3), sample.integers(7, 3, 5)]

@@ -10,7 +10,7 @@ from .pointwise import wide
 Tensor = torch.Tensor
 
 
-@op("x[... d], w[d]? -> y[... d]", map="...", whole="d", flops="4*rest*d", row=True, linear="w")
+@op("x[... d], w[d]? -> y[... d]", map="...", whole="d", flops="4*rest*d", row=True)
 def rms_norm(x: Tensor, w: Tensor | None = None, *, eps: float = 1e-6, zero_centered: bool = False, groups: int = 1) -> Tensor:
     """y = x / sqrt(mean(x^2) + eps) * w, the mean over each of `groups` parts; zero-centered: * (1 + w)"""
     h = wide(x).unflatten(-1, (groups, -1))
@@ -20,7 +20,7 @@ def rms_norm(x: Tensor, w: Tensor | None = None, *, eps: float = 1e-6, zero_cent
     return y.to(x.dtype)
 
 
-@op("x[... d], w[d]?, bias[d]? -> y[... d]", map="...", whole="d", flops="7*rest*d", row=True, linear="w bias")
+@op("x[... d], w[d]?, bias[d]? -> y[... d]", map="...", whole="d", flops="7*rest*d", row=True)
 def layer_norm(x: Tensor, w: Tensor | None = None, bias: Tensor | None = None, *, eps: float = 1e-5, zero_centered: bool = False) -> Tensor:
     """y = (x - mean(x)) / sqrt(var(x) + eps) * w + bias; zero-centered: * (1 + w)"""
     h = wide(x)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any, Literal
+
 import torch
 import torch.nn.functional as F
 
+from ..errors import TypeMismatch
 from ..op import op
-from ..types import FLOATS, TensorType
+from ..types import DTYPES, FLOATS, TensorType
 
 Tensor = torch.Tensor
 
@@ -65,7 +68,7 @@ def silu(x: Tensor) -> Tensor:
 
 
 @op("x[...] -> y[...]", map="...", flops="8*rest", row=True)
-def gelu(x: Tensor, *, approximate: str = "none") -> Tensor:
+def gelu(x: Tensor, *, approximate: Literal["none", "tanh"] = "none") -> Tensor:
     """y = x * Phi(x), or its tanh approximation"""
     return F.gelu(x, approximate=approximate)
 
@@ -121,24 +124,20 @@ def widen(x: Tensor) -> Tensor:
 @op("x[...] -> y[...]", map="...", row=True, linear="x")
 def cast(x: Tensor, *, dtype: str) -> Tensor:
     """y = x as another dtype; float64 stays, so that a program can be checked in float64"""
-    from ..types import DTYPES
-
     return x if x.dtype == torch.float64 else x.to(DTYPES[dtype])
 
 
 @cast.infers
 def _(x: TensorType, *, dtype: str) -> TensorType:
     """The dtype is an attribute, which letters cannot say."""
-    from ..errors import TypeMismatch
-
     if dtype not in FLOATS or not x.is_float:
         raise TypeMismatch(f"cast: dtype is {dtype!r}, must be one of {', '.join(FLOATS)}")
     return TensorType(x.dtype if x.dtype == "f64" else dtype, x.dims, x.partial)
 
 
 @cast.samples
-def _(sample: object) -> list[object]:
-    return [torch.randn(2, 3, dtype=torch.float64), {"dtype": "f32"}]
+def _(sample: Any) -> list[Any]:
+    return [sample.randn(3, 5), {"dtype": "bf16"}]
 
 
 ACTIVATIONS = ("silu", "gelu", "relu", "relu2", "sigmoid")

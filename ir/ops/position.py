@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
@@ -22,7 +23,7 @@ def positions(tokens: Tensor, at: Tensor | None = None, cu: Tensor | None = None
 
 
 @positions.samples
-def _(sample: object) -> list[object]:
+def _(sample: Any) -> list[Any]:
     return [torch.zeros(1, 7, dtype=torch.int64), None, torch.tensor([0, 3, 3, 7])]
 
 
@@ -54,5 +55,5 @@ def frequencies(width: int, theta: float, scaling: tuple[float, ...], like: Tens
 
 
 @rope.samples
-def _(sample: object) -> list[object]:
-    return [torch.randn(2, 5, 2, 8, dtype=torch.float64), torch.arange(5).expand(2, 5), {"fraction": 0.5, "interleaved": True}]
+def _(sample: Any) -> list[Any]:
+    return [sample.randn(2, 5, 3, 8), torch.arange(5).expand(2, 5), {"fraction": 0.5, "interleaved": True}]

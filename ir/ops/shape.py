@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -35,8 +36,8 @@ def _(x: TensorType, *, sizes: tuple[int, ...]) -> tuple[TensorType, ...]:
 
 
 @split.samples
-def _(sample: object) -> list[object]:
-    return [torch.randn(2, 3, 7, dtype=torch.float64), {"sizes": (2, 4, 1)}]
+def _(sample: Any) -> list[Any]:
+    return [sample.randn(2, 3, 7), {"sizes": (2, 4, 1)}]
 
 
 @op("a[... m], b[... n] -> y[... m]", map="...", whole="m n", row=True, linear="a b")
@@ -48,18 +49,19 @@ def concat(a: Tensor, b: Tensor) -> Tensor:
 @concat.infers
 def _(a: TensorType, b: TensorType) -> TensorType:
     """The last size is a sum, which letters cannot say."""
-    if len(a.dims) != len(b.dims) or not a.dims or a.dims[:-1] != b.dims[:-1] or a.partial != b.partial:
-        raise TypeMismatch(f"concat: a is {a}, b is {b}; all but the last dim must be equal")
+    concat.placed((a, b), {})
     m, n = a.dims[-1], b.dims[-1]
-    if m.axes or n.axes or not isinstance(m.size, int) or not isinstance(n.size, int):
-        raise PlacementError(f"concat: a is {a}, b is {b}; the last dims must be whole numbers, not split")
+    if m.order or n.order:
+        raise PlacementError(f"concat: a is {a}, b is {b}; the last dims must be in the natural order")
+    if not isinstance(m.size, int) or not isinstance(n.size, int):
+        raise TypeMismatch(f"concat: a is {a}, b is {b}; the last dims must be numbers")
     return a.with_dim(len(a.dims) - 1, Dim(m.size + n.size))
 
 
 @op("x[...] -> y[...]", map="...", row=True, linear="x")
 def reshape(x: Tensor, *, pattern: str) -> Tensor:
     """x with its dims grouped, parted or moved: pattern='... (h=8 d) -> ... h d'; a letter `u=1` may come or go"""
-    left, right = _sides(pattern)
+    left, right = sides(pattern)
     size = _numbers(x.shape, left)
     rest = x.dim() - sum(a.letters != ("...",) for a in left)
     flat = [y for a in spread(left, rest) for y in a.letters]
@@ -84,12 +86,15 @@ def _numbers(shape: torch.Size, axes: tuple[Axis, ...]) -> dict[str, int]:
 
 
 @lru_cache(maxsize=512)
-def _sides(pattern: str) -> tuple[tuple[Axis, ...], tuple[Axis, ...]]:
+def sides(pattern: str) -> tuple[tuple[Axis, ...], tuple[Axis, ...]]:
     sides = pattern.split("->")
     if len(sides) != 2:
         raise TypeMismatch(f"reshape: pattern {pattern!r} must have two sides, '... (h=8 d) -> ... h d'")
     parts = [re.findall(r"\(([^)]*)\)|([\w.=]+)", s) for s in sides]
     left, right = (tuple(Axis(tuple(a.split()) if a else (b,)) for a, b in p) for p in parts)
+    flat = [x.split("=")[0] for a in left for x in a.letters]
+    if len(set(flat)) < len(flat):
+        raise TypeMismatch(f"reshape: pattern {pattern!r} must have each letter once a side")
     named = {x.split("=")[0]: x for a in left for x in a.letters}
     right = tuple(Axis(tuple(named.get(x, x) for x in a.letters)) for a in right)
     if len({tuple(sorted(x for a in side for x in a.letters if not x.endswith("=1"))) for side in (left, right)}) > 1:
@@ -102,7 +107,7 @@ def _sides(pattern: str) -> tuple[tuple[Axis, ...], tuple[Axis, ...]]:
 @reshape.infers
 def _(x: TensorType, *, pattern: str) -> TensorType:
     """The signature is an attribute; letters carry placements over, a split of (h d) is a split of h."""
-    left, right = _sides(pattern)
+    left, right = sides(pattern)
     try:
         known = {y: int(y.split("=")[1]) for a in (*left, *right) for y in a.letters if "=" in y}
     except ValueError:
@@ -119,5 +124,5 @@ def _grouped(axis: Axis, bound: Binding, pattern: str) -> Dim:
 
 
 @reshape.samples
-def _(sample: object) -> list[object]:
-    return [torch.randn(2, 3, 8, dtype=torch.float64), {"pattern": "b t (h=2 d) -> b h t d"}]
+def _(sample: Any) -> list[Any]:
+    return [sample.randn(2, 3, 8), {"pattern": "b t (h=2 d) -> b h t d"}]

@@ -39,21 +39,34 @@ def causal_conv1d(
     """y[t] = act(sum_i w[i] x[t-k+1+i] + bias) per channel and segment, and the last k-1 inputs of each segment."""
     if act not in ACTS:
         raise TypeMismatch(f"causal_conv1d: act is {act!r}; it must be one of {', '.join(ACTS)}")
+    if cu is None and x.shape[1] == 1:
+        return _one_token(x, w, bias, state, act)
     return torch.ops.plait.causal_conv1d(x, w, bias, state, cu, act)
+
+
+def _one_token(x: Tensor, w: Tensor, bias: Tensor | None, state: Tensor | None, act: str) -> tuple[Tensor, Tensor]:
+    """A decode step in five ops that fuse with their neighbours."""
+    past = x.new_zeros(x.shape[0], x.shape[2], w.shape[1] - 1) if state is None else state.to(x.dtype)
+    window = torch.cat([past, x.transpose(1, 2)], 2)
+    y = (_wide(window) * _wide(w)).sum(2) + (0 if bias is None else _wide(bias))
+    return (F.silu(y) if act == "silu" else y).to(x.dtype)[:, None], window[:, :, 1:]
 
 
 def _conv(
     x: Tensor, w: Tensor, bias: Tensor | None, state: Tensor | None, cu: Tensor | None, act: str
 ) -> tuple[Tensor, Tensor]:
     rows, heads = x.reshape(-1, x.shape[2]), _heads(x, w, cu)
-    taps, wide_bias = _wide(w.t()), None if bias is None else _wide(bias)
+    taps, wide_bias = _wide(w.t()).contiguous(), None if bias is None else _wide(bias)
     y = torch.empty_like(rows, memory_format=torch.contiguous_format)
     for lo, hi in _blocks(rows, heads):
-        y[lo:hi] = _activate(_stencil(_window(rows, lo, hi, taps), taps, wide_bias), act)[0]
+        block = y[None, lo:hi] if y.dtype == taps.dtype else taps.new_empty(1, hi - lo, y.shape[1])
+        _activate(_stencil(_window(rows, lo, hi, taps), taps, wide_bias, block), act)
+        if y.dtype != taps.dtype:
+            y[lo:hi] = block[0]
     past = _past(rows, heads, state)
     head = _activate(_stencil(_head_window(rows, heads, past), taps, wide_bias), act)
     y[heads.token] = head[heads.real].to(y.dtype)
-    return y.view(x.shape), _final(rows, heads, past).to(x.dtype if state is None else state.dtype)
+    return y.view(x.shape), _final(rows, heads, past).to(x.dtype)
 
 
 def _conv_backward(
@@ -67,14 +80,14 @@ def _conv_backward(
     act: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows, heads = x.reshape(-1, x.shape[2]), _heads(x, w, cu)
-    taps, wide_bias = _wide(w.t()), None if bias is None else _wide(bias)
+    taps, wide_bias = _wide(w.t()).contiguous(), None if bias is None else _wide(bias)
     grads = dy.reshape(rows.shape)
     dx, dtaps, dbias = _body_backward(grads, rows, heads, taps, wide_bias, act)
     window = _head_window(rows, heads, _past(rows, heads, state))
     dhead = window.new_zeros(*heads.real.shape, rows.shape[1])
     dhead[heads.real] = grads[heads.token].to(dhead.dtype)
     g = _activate_backward(dhead, _stencil(window, taps, wide_bias), act)
-    dwindow, dpast = _spread(g, taps), _final_backward(dx, _wide(dfinal.transpose(1, 2)), heads)
+    dwindow, dpast = _spread(g, taps, taps.new_zeros(())), _final_backward(dx, _wide(dfinal.transpose(1, 2)), heads)
     dx[heads.token] += dwindow[:, len(taps) - 1 :][heads.real].to(dx.dtype)
     dpast += dwindow[:, : len(taps) - 1]
     dtaps += torch.stack([(g * window[:, i : i + g.shape[1]]).sum((0, 1)) for i in range(len(taps))])
@@ -89,20 +102,19 @@ def _body_backward(
     """Gradients through every row but the heads; each block leaves its k-1 unfinished rows of dx to the next."""
     reach, (m, c) = len(taps) - 1, rows.shape
     dx = torch.zeros_like(rows, memory_format=torch.contiguous_format) if len(heads.token) == m else rows.new_empty(m, c)
-    dtaps, dbias, carry = taps.new_zeros(len(taps), _step(rows), c), taps.new_zeros(c), taps.new_zeros(reach, c)
+    dtaps, dbias, carry = taps.new_zeros(len(taps), _step(rows), c), taps.new_zeros(c), taps.new_zeros(1, reach, c)
     is_head = torch.zeros(m, 1, dtype=torch.bool, device=rows.device).index_fill_(0, heads.token, True)
     for lo, hi in _blocks(rows, heads):
         window = _window(rows, lo, hi, taps)
         g = _activate_backward(_wide(grads[lo:hi])[None], _stencil(window, taps, bias), act)
-        g = g.masked_fill(is_head[lo:hi], 0)
+        if is_head[lo:hi].any():
+            g = g.masked_fill(is_head[lo:hi], 0)
         for i in range(len(taps)):
             dtaps[i, : hi - lo].addcmul_(g[0], window[0, i : i + hi - lo])
         dbias += 0 if bias is None else g.sum((0, 1))
-        dwindow = _spread(g, taps)[0]
-        dwindow[:reach] += carry
-        dx[lo - reach : hi - reach] = dwindow[: hi - lo]
-        carry = dwindow[hi - lo :]
-        dx[hi - reach : hi] = carry
+        dwindow = _spread(g, taps, carry)
+        dx[lo - reach : hi] = dwindow[0]
+        carry = dwindow[:, hi - lo :]
     return dx, dtaps.sum(1), dbias
 
 
@@ -111,20 +123,23 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _stencil(window: Tensor, taps: Tensor, bias: Tensor | None) -> Tensor:
+def _stencil(window: Tensor, taps: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
     """window[n r+k-1 c], taps[k c] -> sum_i taps[i] window[:, i:i+r]."""
     r = window.shape[1] - len(taps) + 1
-    y = window[:, :r] * taps[0] if bias is None else torch.addcmul(bias, window[:, :r], taps[0])
+    first = window[:, :r]
+    y = torch.mul(first, taps[0], out=out) if bias is None else torch.addcmul(bias, first, taps[0], out=out)
     for i in range(1, len(taps)):
         y.addcmul_(window[:, i : i + r], taps[i])
     return y
 
 
-def _spread(g: Tensor, taps: Tensor) -> Tensor:
-    """The transpose of `_stencil`: g[n r c] -> the gradient of its window."""
-    n, r, c = g.shape
-    dwindow = g.new_zeros(n, r + len(taps) - 1, c)
-    for i in range(len(taps)):
+def _spread(g: Tensor, taps: Tensor, carry: Tensor) -> Tensor:
+    """The transpose of `_stencil`: g[n r c] -> the gradient of its window, whose first k-1 rows start as `carry`."""
+    r, reach = g.shape[1], len(taps) - 1
+    dwindow = g.new_empty(g.shape[0], r + reach, g.shape[2])
+    dwindow[:, :reach] = carry
+    torch.mul(g, taps[reach], out=dwindow[:, reach:])
+    for i in range(reach):
         dwindow[:, i : i + r].addcmul_(g, taps[i])
     return dwindow
 
@@ -164,7 +179,7 @@ def _heads(x: Tensor, w: Tensor, cu: Tensor | None) -> Heads:
 def _past(rows: Tensor, heads: Heads, state: Tensor | None) -> Tensor:
     """The k-1 inputs before each segment, [n, k-1, c]."""
     if state is not None:
-        return _wide(state).transpose(1, 2)
+        return _wide(state.to(rows.dtype)).transpose(1, 2)
     return rows.new_zeros(*heads.real.shape, rows.shape[1], dtype=_wide(rows[:0]).dtype)
 
 
@@ -213,7 +228,7 @@ _op_backward = torch.library.custom_op(
 @_op.register_fake
 def _(x: Tensor, w: Tensor, bias: Tensor | None, state: Tensor | None, cu: Tensor | None, act: str) -> tuple[Tensor, Tensor]:
     n = x.shape[0] if cu is None else cu.shape[0] - 1
-    final = (x if state is None else state).new_empty(n, x.shape[2], w.shape[1] - 1)
+    final = x.new_empty(n, x.shape[2], w.shape[1] - 1)
     return x.new_empty(x.shape), final
 
 

@@ -1,0 +1,129 @@
+"""Where each token lives once a sequence is cut into chunks: [b t h d] <-> [chunk, lane, row, d], a lane being a (batch, head)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...ir.errors import DataError
+
+CHUNK = 64
+# Lanes x chunks worked on together: large enough to hide call overhead, small enough that a group stays in a core's L2.
+GROUP = 16
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A run of chunks that share one state: a whole batch, or one packed sequence."""
+
+    first: int
+    end: int
+    index: int
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """How tokens are cut: `count` chunks of `size` rows; packed sequences also say which token each row holds."""
+
+    size: int
+    count: int
+    tokens: int
+    lanes: int
+    segments: tuple[Segment, ...]
+    rows: Tensor | None = None
+    empty: Tensor | None = None
+
+    def groups(self) -> Iterator[tuple[int, int]]:
+        """Ranges of chunks that are worked on together."""
+        width = max(1, GROUP // self.lanes)
+        for low in range(0, self.count, width):
+            yield low, min(low + width, self.count)
+
+    def begins(self) -> dict[int, int]:
+        """First chunk of a segment -> its index."""
+        return {s.first: s.index for s in self.segments}
+
+    def ends(self) -> dict[int, int]:
+        """Last chunk of a segment -> its index."""
+        return {s.end - 1: s.index for s in self.segments}
+
+
+def cut(tokens: int, lanes: int, size: int) -> Chunks:
+    """Chunks of a batch of equally long sequences."""
+    count = -(-tokens // size)
+    return Chunks(size, count, tokens, lanes, (Segment(0, count, 0),) if count else ())
+
+
+def cut_packed(cu: Tensor, tokens: int, lanes: int, size: int) -> Chunks:
+    """Chunks of packed sequences: each starts a chunk of its own, its last chunk padded with empty rows."""
+    borders = [int(x) for x in cu.tolist()]
+    if borders[0] != 0 or borders[-1] != tokens or any(a > b for a, b in zip(borders, borders[1:], strict=False)):
+        raise DataError(f"cu: {borders} must rise from 0 to the number of tokens, {tokens}; pass cumulative lengths")
+    segments = list[Segment]()
+    first = 0
+    for index, (low, high) in enumerate(zip(borders, borders[1:], strict=False)):
+        end = first + -(-(high - low) // size)
+        if end > first:
+            segments.append(Segment(first, end, index))
+        first = end
+    return _with_rows(Chunks(size, first, tokens, lanes, tuple(segments)), cu, borders)
+
+
+def _with_rows(chunks: Chunks, cu: Tensor, borders: list[int]) -> Chunks:
+    """The token of every chunk row, as one index."""
+    starts = [0] * chunks.count
+    limits = [0] * chunks.count
+    for s in chunks.segments:
+        for c in range(s.first, s.end):
+            starts[c] = borders[s.index] + (c - s.first) * chunks.size
+            limits[c] = borders[s.index + 1]
+    row = torch.tensor(starts, dtype=torch.int64, device=cu.device)[:, None] + torch.arange(chunks.size, device=cu.device)
+    empty = row >= torch.tensor(limits, dtype=torch.int64, device=cu.device)[:, None]
+    return Chunks(
+        chunks.size, chunks.count, chunks.tokens, chunks.lanes, chunks.segments, row.masked_fill_(empty, 0).reshape(-1), empty
+    )
+
+
+def gather(x: Tensor, chunks: Chunks, low: int, high: int, out: Tensor) -> Tensor:
+    """Rows of chunks [low, high) of x[b t h d], into out[high-low, b*h, size, d]; rows past the end are zero."""
+    size, b, h = chunks.size, x.shape[0], x.shape[2]
+    grid = out.view(high - low, b, h, size, x.shape[3])
+    if chunks.rows is not None and chunks.empty is not None:
+        picked = x.index_select(1, chunks.rows[low * size : high * size]).unflatten(1, (high - low, size))
+        grid.copy_(picked.permute(1, 0, 3, 2, 4))
+        grid.masked_fill_(chunks.empty[low:high, None, None, :, None], 0)
+        return out
+    first, last = low * size, min(high * size, chunks.tokens)
+    whole, rest = divmod(last - first, size)
+    if whole:
+        grid[:whole].copy_(x[:, first : last - rest].unflatten(1, (whole, size)).permute(1, 0, 3, 2, 4))
+    if rest:
+        grid[whole, :, :, :rest].copy_(x[:, last - rest : last].transpose(1, 2))
+        grid[whole, :, :, rest:].zero_()
+    return out
+
+
+def scatter(source: Tensor, chunks: Chunks, low: int, high: int, x: Tensor) -> None:
+    """The inverse of `gather`: writes the rows of chunks [low, high) into x[b t h d]."""
+    size, b, h = chunks.size, x.shape[0], x.shape[2]
+    grid = source.view(high - low, b, h, size, x.shape[3])
+    if chunks.rows is not None and chunks.empty is not None:
+        keep = (~chunks.empty[low:high]).reshape(-1).nonzero().squeeze(1)
+        rows = grid.permute(1, 0, 3, 2, 4).flatten(1, 2).index_select(1, keep)
+        x.index_copy_(1, chunks.rows[low * size : high * size].index_select(0, keep), rows.to(x.dtype))
+        return
+    first, last = low * size, min(high * size, chunks.tokens)
+    whole, rest = divmod(last - first, size)
+    if whole:
+        x[:, first : last - rest].unflatten(1, (whole, size)).copy_(grid[:whole].permute(1, 0, 3, 2, 4))
+    if rest:
+        x[:, last - rest : last].copy_(grid[whole, :, :, :rest].transpose(1, 2))
+
+
+def gather_gate(gate: Tensor, chunks: Chunks, dtype: torch.dtype) -> Tensor:
+    """A whole gate[b t h] laid out as [chunk, lane, row]."""
+    out = gate.new_empty((chunks.count, chunks.lanes, chunks.size, 1), dtype=dtype)
+    return gather(gate.unsqueeze(-1), chunks, 0, chunks.count, out).squeeze(-1)

@@ -1,0 +1,97 @@
+"""Graph -> Program: fx modules whose calls are forms and references."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..ir import Graph, Node, PlaitError, Value, parameters
+from .program import Choice, Program
+from .reshape import view_steps
+from .table import TARGETS, choose
+
+
+def lower(graph: Graph, *, target: str = "cpu") -> Program:
+    """One fx module per distinct layer, and an entry over them. Raises PlaitError for a target nobody knows."""
+    if target not in TARGETS:
+        raise PlaitError(f"no target called {target!r}; there are {', '.join(TARGETS)}")
+    choices = list[Choice]()
+    layers = dict[str, fx.GraphModule]()
+    names = dict[Graph, str]()
+    for layer in graph.layers:
+        name = names[layer] = _fresh(layer.name, layers)
+        layers[name] = _Emitter(layer, target, choices).module()
+    entry = _Emitter(graph, target, choices, layers, names)
+    return Program(graph, target, entry.module(), layers, tuple(parameters(graph)), tuple(choices))
+
+
+def _fresh(name: str, taken: dict[str, Any]) -> str:
+    made, n = name, 1
+    while made in taken:
+        made, n = f"{name}_{n}", n + 1
+    return made
+
+
+class _Emitter:
+    """Writes one graph as one fx module."""
+
+    def __init__(
+        self, graph: Graph, target: str, choices: list[Choice], layers: dict[str, fx.GraphModule] | None = None,
+        names: dict[Graph, str] | None = None,
+    ) -> None:  # fmt: skip
+        self.graph, self.target, self.choices, self.layers, self.names = graph, target, choices, layers or {}, names or {}
+        self.root, self.fx = torch.nn.Module(), fx.Graph()
+        self.env: dict[Value, fx.Node] = {}
+        self.kernels: dict[Graph, str] = {}
+        for name, layer in self.layers.items():
+            self.root.add_module(name, layer)
+
+    def module(self) -> fx.GraphModule:
+        for value in self.graph.inputs:
+            self.env[value] = self.fx.placeholder(value.name)
+        self.params = {name: self.fx.placeholder(name.replace(".", "_")) for name in parameters(self.graph)}
+        self.env |= {v: self.params[v.name] for v in self.graph.params}
+        for node in self.graph.nodes:
+            self._results(node, self._call(node))
+        self.fx.output(tuple(self.env[v] for v in self.graph.outputs))
+        return fx.GraphModule(self.root, self.fx, self.graph.name)
+
+    def _call(self, node: Node) -> fx.Node:
+        args = [self.env[v] if v is not None else None for v in node.inputs]
+        if node.is_op("reshape"):
+            return self._views(node)
+        if not isinstance(node.op, Graph):
+            run, runs, why = choose(node, self.target)
+            self.choices.append(Choice(self.graph.name, node.op.name, node.loc, runs, why))
+            while args and args[-1] is None:
+                args.pop()
+            attrs = {k: v for k, v in node.attrs.items() if v != node.op.attrs[k]}
+            return self.fx.call_function(run, tuple(args), attrs)
+        if node.op.role == "layer":
+            args += [self.params[f"{node.attrs['params']}.{name}"] for name in parameters(node.op)]
+            return self.fx.call_module(self.names[node.op], tuple(args))
+        return self.fx.call_module(self._kernel(node.op), tuple(args))
+
+    def _views(self, node: Node) -> fx.Node:
+        made = self.env[node.operands[0]]
+        for method, args in view_steps(node):
+            made = self.fx.call_method(method, (made, *args))
+        return made
+
+    def _kernel(self, kernel: Graph) -> str:
+        if kernel not in self.kernels:
+            name = self.kernels[kernel] = _fresh(kernel.name, dict(self.root.named_children()))
+            self.root.add_module(name, _Emitter(kernel, self.target, self.choices).module())
+        return self.kernels[kernel]
+
+    def _results(self, node: Node, made: fx.Node) -> None:
+        """Name the results; a graph always gives a tuple, an op only when it has several results."""
+        if len(node.outputs) == 1 and not isinstance(node.op, Graph) and node.op.name != "split":
+            self.env[node.outputs[0]] = made
+            return
+        for i, value in enumerate(node.outputs):
+            if value in self.graph.uses or value in self.graph.outputs:
+                self.env[value] = self.fx.call_function(operator.getitem, (made, i))

@@ -1,0 +1,192 @@
+"""CompiledModel: an ordinary `nn.Module` that runs, trains and generates."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..ir import DTYPES, DataError, Graph, fill, parameters
+from ..ir.sizes import value as bound_size
+from ..lowering.program import Program
+from .checkpoint import read_tensors, save_tensors
+from .runner import Runner
+
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Which program of a model is wanted."""
+
+    task: str = "logits"  # logits, loss, or cached: logits with state in and out
+    packed: bool = False
+    training: bool = False
+
+
+class CompiledModel(torch.nn.Module):
+    """A model compiled from a graph; its parameters carry the graph's own names, `layers.3.w_in`."""
+
+    def __init__(
+        self, graph: Graph, make: Callable[[Variant], Program], *, description: str = "", compiled: bool = True, seed: int = 0
+    ) -> None:
+        super().__init__()
+        self.graph, self.description, self.compiled = graph, description, compiled
+        self._make, self._runners = make, dict[Variant, Runner]()
+        self._names = tuple(parameters(graph))
+        for name, tensor in initial(graph, seed).items():
+            _place(self, name, torch.nn.Parameter(tensor))
+
+    # -- programs -------------------------------------------------------------------------
+
+    def runner(self, variant: Variant) -> Runner:
+        """The program for this variant, lowered when it is first asked for."""
+        if variant not in self._runners:
+            self._runners[variant] = Runner(self._make(variant), compiled=self.compiled)
+        return self._runners[variant]
+
+    def _run(self, variant: Variant, *inputs: Tensor) -> tuple[Tensor, ...]:
+        runner = self.runner(variant)
+        own = dict(self.named_parameters(remove_duplicate=False))
+        return runner(inputs, [own[name] for name in runner.program.parameters])
+
+    # -- use ------------------------------------------------------------------------------
+
+    def forward(self, tokens: Tensor, cu: Tensor | None = None, seed: Tensor | None = None) -> Tensor:
+        """Logits [b, s, vocab] of tokens i64[b, s]; `cu` i64[n+1] are the borders of segments packed in one row."""
+        tokens = self._tokens(tokens)
+        return self._run(*self._call("logits", tokens, None, cu, seed))[0]
+
+    def loss(self, tokens: Tensor, labels: Tensor | None = None, cu: Tensor | None = None, seed: Tensor | None = None) -> Tensor:
+        """Mean cross entropy, plus the spec's balance losses.
+
+        labels[b, t] is the token wanted after position t, -100 where none is; without labels the tokens themselves,
+        shifted by one, are (the last position of each segment then has none).
+        """
+        tokens = self._tokens(tokens)
+        return self._run(*self._call("loss", tokens, shifted(tokens, cu) if labels is None else labels, cu, seed))[0]
+
+    def _call(self, task: str, tokens: Tensor, labels: Tensor | None, cu: Tensor | None, seed: Tensor | None) -> tuple[Any, ...]:
+        """The variant that these arguments ask for, and its inputs in order."""
+        given = [tokens, *([labels] if labels is not None else [])]
+        if cu is not None:
+            given.append(self._borders(tokens, cu))
+        variant = Variant(task, cu is not None, self.training)
+        if any(v.name == "seed" for v in self.runner(variant).program.graph.inputs):
+            given.append(torch.tensor(int(torch.randint(2**31, ()))) if seed is None else seed)
+        return variant, *given
+
+    def _tokens(self, tokens: Tensor) -> Tensor:
+        if tokens.dim() != 2 or tokens.dtype not in (torch.int64, torch.int32):
+            raise DataError(f"tokens is {tokens.dtype}{list(tokens.shape)}, must be int64 [batch, length]")
+        if 0 in tokens.shape:
+            raise DataError(f"tokens is {list(tokens.shape)}; there must be at least one row and one token")
+        return tokens.long()
+
+    def _borders(self, tokens: Tensor, cu: Tensor) -> Tensor:
+        cu = cu.long()
+        rises = cu.dim() == 1 and cu.numel() > 1 and bool((cu.diff() >= 0).all())
+        if tokens.shape[0] != 1 or not rises or int(cu[0]) != 0 or int(cu[-1]) != tokens.shape[1]:
+            raise DataError(f"cu is {cu.tolist()} for tokens {list(tokens.shape)}; it must rise from 0 to the length, with a batch of one")
+        return cu
+
+    # -- generation -----------------------------------------------------------------------
+
+    @torch.no_grad()
+    def generate(
+        self, tokens: Tensor, max_new_tokens: int, *, temperature: float = 0.0, top_k: int = 0, seed: int = 0, stop: int | None = None
+    ) -> Tensor:
+        """tokens [b, s] continued by up to `max_new_tokens`; greedy at temperature 0. Stops early once every row met `stop`."""
+        tokens = self._tokens(tokens)
+        out = [tokens]
+        for new in self.stream(tokens, max_new_tokens, temperature=temperature, top_k=top_k, seed=seed, stop=stop):
+            out.append(new[:, None])
+        return torch.cat(out, 1)
+
+    @torch.no_grad()
+    def stream(
+        self, tokens: Tensor, max_new_tokens: int, *, temperature: float = 0.0, top_k: int = 0, seed: int = 0, stop: int | None = None
+    ) -> Iterator[Tensor]:
+        """The new tokens [b], one position at a time. Prompt and steps run one cached program."""
+        tokens, rng = self._tokens(tokens), torch.Generator().manual_seed(seed)
+        if max_new_tokens < 0:
+            raise DataError(f"max_new_tokens is {max_new_tokens}, must be 0 or more")
+        states = self.fresh_states(tokens.shape[0], tokens.shape[1] + max_new_tokens)
+        done, at = torch.zeros(tokens.shape[0], dtype=torch.bool, device=tokens.device), 0
+        for _ in range(max_new_tokens):
+            logits, *states = self._run(Variant("cached"), tokens, torch.tensor(at, device=tokens.device), *states)
+            at += tokens.shape[1]
+            new = pick(logits[:, -1], temperature, top_k, rng)
+            new = new if stop is None else torch.where(done, stop, new)
+            yield new
+            done |= new == stop if stop is not None else done
+            if bool(done.all()):
+                return
+            tokens = new[:, None]
+
+    def fresh_states(self, batch: int, length: int) -> list[Tensor]:
+        """Empty caches and states for `batch` rows of up to `length` tokens."""
+        first = next(self.parameters())
+        env = {"b": batch, "m": length}
+        wide = first.dtype if first.dtype == torch.float64 else torch.float32
+        inputs = self.runner(Variant("cached")).program.graph.inputs[2:]
+        dtypes = {v: first.dtype if v.type.dtype == self.graph.params[0].type.dtype else wide for v in inputs}
+        return [torch.zeros([bound_size(d.size, env) for d in v.type.dims], dtype=dtypes[v], device=first.device) for v in inputs]
+
+    # -- weights --------------------------------------------------------------------------
+
+    def save(self, path: Path | str) -> None:
+        """Write the weights, with the text of the spec, as one safetensors file."""
+        save_tensors(path, {k: v for k, v in self.named_parameters()}, {"format": "plait", "spec": self.description})
+
+    def load(self, path: Path | str) -> CompiledModel:
+        """Read weights written by `save`. Raises CheckpointError naming every tensor that is missing, extra or misshapen."""
+        own = dict(self.named_parameters())
+        found = read_tensors(path, own)
+        with torch.no_grad():
+            for name, tensor in found.tensors.items():
+                own[name].copy_(tensor)
+        return self
+
+
+def initial(graph: Graph, seed: int) -> dict[str, Tensor]:
+    """First numbers of every parameter by its recipe; each depends on the seed and its own name alone."""
+    made = dict[str, Tensor]()
+    for name, (type_, init) in parameters(graph).items():
+        rng = torch.Generator().manual_seed(zlib.crc32(name.encode()) ^ (seed * 0x9E3779B1 & 0xFFFFFFFF))
+        made[name] = fill(init, tuple(bound_size(d.size, {}) for d in type_.dims), rng).to(DTYPES[type_.dtype])
+    return made
+
+
+def _place(root: torch.nn.Module, name: str, parameter: torch.nn.Parameter) -> None:
+    """Register a parameter under its dotted name."""
+    *path, last = name.split(".")
+    for part in path:
+        if part not in root._modules:
+            root.add_module(part, torch.nn.Module())
+        root = root.get_submodule(part)
+    root.register_parameter(last, parameter)
+
+
+def shifted(tokens: Tensor, cu: Tensor | None) -> Tensor:
+    """Each position's next token; the last of a row or segment has none."""
+    labels = torch.cat([tokens[:, 1:], tokens.new_full((tokens.shape[0], 1), -100)], 1)
+    if cu is not None:
+        ends = cu[1:][cu.diff() > 0] - 1
+        labels[:, ends.to(labels.device)] = -100
+    return labels
+
+
+def pick(logits: Tensor, temperature: float, top_k: int, rng: torch.Generator) -> Tensor:
+    """The next token [b]: the likeliest at temperature 0, else drawn from the `top_k` likeliest (all when 0)."""
+    if temperature <= 0:
+        return logits.argmax(-1)
+    scaled = logits.float() / temperature
+    if top_k:
+        floor = scaled.topk(min(top_k, scaled.shape[-1]), -1).values[:, -1:]
+        scaled = scaled.masked_fill(scaled < floor, -torch.inf)
+    return torch.multinomial(torch.softmax(scaled, -1).cpu(), 1, generator=rng)[:, 0].to(logits.device)

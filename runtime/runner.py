@@ -1,0 +1,70 @@
+"""Running a program: every distinct layer compiled once, sequence length and batch left symbolic."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..ir import Graph
+from ..lowering.program import Program
+
+# Variants of one layer: training or not, batch of one or more, one token or more, each dtype that is met.
+VARIANTS = 64
+
+
+class CompiledLayer(torch.nn.Module):
+    """One layer under `torch.compile`; the same code serves every call of it, at every length."""
+
+    def __init__(self, module: fx.GraphModule, graph: Graph) -> None:
+        super().__init__()
+        self.module = module
+        self.symbolic = [[i for i, d in enumerate(v.type.dims) if isinstance(d.size, str)] for v in graph.inputs]
+        self.compiled: Any = torch.compile(module, fullgraph=True)
+        self.seen = set[tuple[Any, ...]]()
+
+    def forward(self, *args: Any) -> Any:
+        if torch.compiler.is_compiling():  # an outer compile or export sees the plain module
+            return self.module(*args)
+        key = self._key(args)
+        if key in self.seen:
+            return self.compiled(*args)
+        self._mark(args)
+        with torch._dynamo.config.patch(recompile_limit=VARIANTS), _no_duck_shapes():
+            result = self.compiled(*args)
+        self.seen.add(key)
+        return result
+
+    def _key(self, args: Sequence[torch.Tensor]) -> tuple[Any, ...]:
+        """What a compiled variant is for: which symbolic sizes are one, dtypes, and whether gradients are wanted."""
+        ones = tuple(args[i].shape[d] == 1 for i, dims in enumerate(self.symbolic) for d in dims)
+        return (ones, args[0].dtype, args[0].requires_grad, args[-1].dtype, torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"))
+
+    def _mark(self, args: Sequence[torch.Tensor]) -> None:
+        for i, dims in enumerate(self.symbolic):
+            for d in dims:
+                if args[i].shape[d] > 1:
+                    torch._dynamo.maybe_mark_dynamic(args[i], d)
+
+
+def _no_duck_shapes() -> Any:
+    """Keep a batch and a length that happen to be equal apart."""
+    return torch.fx.experimental._config.patch(use_duck_shape=False)
+
+
+class Runner:
+    """A program ready to be called with inputs and parameters."""
+
+    def __init__(self, program: Program, *, compiled: bool = True) -> None:
+        self.program = program
+        self.entry = program.entry
+        if compiled:
+            self.entry = fx.GraphModule(program.entry, program.entry.graph, program.graph.name)
+            graphs = {name: layer for name, layer in zip(program.layers, program.graph.layers, strict=True)}
+            for name, module in program.layers.items():
+                self.entry.add_module(name, CompiledLayer(module, graphs[name]))
+
+    def __call__(self, inputs: Sequence[torch.Tensor], params: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        return self.entry(*inputs, *params)
