@@ -49,6 +49,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="the small shapes only, three samples each")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="torch threads")
     parser.add_argument("--patience", type=float, default=60.0, help="seconds a row may wait for a quiet machine")
+    parser.add_argument("--budget", type=float, default=120.0, help="seconds a row may take once it has enough samples of any kind")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile of the peer out: minutes less")
     return parser.parse_args()
 
@@ -70,7 +71,7 @@ def timed(row: Row, args: argparse.Namespace, say: Console) -> Record:
     torch._dynamo.reset()
     bench = row.build()
     variants = {label: call for label, call in bench.variants.items() if not (args.no_compile and label in COMPILED)}
-    timings = interleave(variants, samples=3 if args.quick else 5, patience=args.patience)
+    timings = interleave(variants, samples=3 if args.quick else 5, patience=args.patience, budget=args.budget)
     # A decoding call says many tokens; the row is per token.
     milliseconds = {label: each.median * 1e3 / bench.notes.get("calls", 1) for label, each in timings.items()}
     record: Record = {field: getattr(row, field) for field in ("case", "title", "shape", "mode", "over", "target")}

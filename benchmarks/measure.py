@@ -87,22 +87,21 @@ def take(call: Thunk, seconds: float) -> Sample:
 
 
 def interleave(
-    variants: Mapping[str, Thunk], *, samples: int = 5, seconds: float = 0.25, patience: float = 0.0, limit: int = 20
+    variants: Mapping[str, Thunk], *, samples: int = 5, seconds: float = 0.25, patience: float = 0.0, budget: float = 120.0
 ) -> dict[str, Timing]:
-    """Times the variants in turn until each has enough clean samples; `patience` is the seconds it may wait for quiet."""
+    """Times the variants in turn until each has enough clean samples or, with as many of any kind, the budget is spent."""
     for call in variants.values():
         call()
         call()
     taken: dict[str, list[Sample]] = {name: [] for name in variants}
-    for turn in range(limit):
+    end, turn = time.perf_counter() + budget, 0
+    while _wanting(taken, samples) and (turn < samples or time.perf_counter() < end):
         # The order turns round, so that no variant always runs in another one's cache.
         names = list(variants)[turn % len(variants) :] + list(variants)[: turn % len(variants)]
-        for name in names:
-            if _clean(taken[name]) < samples:
-                patience -= wait_until_quiet(patience)
-                taken[name].append(take(variants[name], seconds))
-        if all(_clean(each) >= samples for each in taken.values()):
-            break
+        for name in [name for name in names if name in _wanting(taken, samples)]:
+            patience -= wait_until_quiet(patience)
+            taken[name].append(take(variants[name], seconds))
+        turn += 1
     return {name: summarize(each, samples) for name, each in taken.items()}
 
 
@@ -128,8 +127,9 @@ def wait_until_quiet(patience: float) -> float:
     return time.perf_counter() - start
 
 
-def _clean(taken: list[Sample]) -> int:
-    return sum(not sample.disturbed for sample in taken)
+def _wanting(taken: Mapping[str, list[Sample]], samples: int) -> set[str]:
+    """The variants that still lack clean samples."""
+    return {name for name, each in taken.items() if sum(not sample.disturbed for sample in each) < samples}
 
 
 def _waited() -> float:

@@ -14,7 +14,7 @@ from ..ir import DTYPES, DataError, Graph, fill, parameters
 from ..ir.sizes import value as bound_size
 from ..lowering.program import Program
 from .checkpoint import read_tensors, save_tensors
-from .runner import Runner
+from .runner import CompiledLayer, Runner
 
 Tensor = torch.Tensor
 
@@ -35,7 +35,8 @@ class CompiledModel(torch.nn.Module):
         self, graph: Graph, make: Callable[[Variant], Program], *, description: str = "", compiled: bool = True, seed: int = 0
     ) -> None:
         super().__init__()
-        self.graph, self.description, self.compiled = graph, description, compiled
+        self.graph, self.description = graph, description
+        self._layers: dict[Graph, CompiledLayer] | None = {} if compiled else None
         self._make, self._runners = make, dict[Variant, Runner]()
         self._names = tuple(parameters(graph))
         for name, tensor in initial(graph, seed).items():
@@ -46,7 +47,7 @@ class CompiledModel(torch.nn.Module):
     def runner(self, variant: Variant) -> Runner:
         """The program for this variant, lowered when it is first asked for."""
         if variant not in self._runners:
-            self._runners[variant] = Runner(self._make(variant), compiled=self.compiled)
+            self._runners[variant] = Runner(self._make(variant), self._layers)
         return self._runners[variant]
 
     def _run(self, variant: Variant, *inputs: Tensor) -> tuple[Tensor, ...]:

@@ -55,16 +55,17 @@ def _no_duck_shapes() -> Any:
 
 
 class Runner:
-    """A program ready to be called with inputs and parameters."""
+    """A program ready to be called with inputs and parameters; `compiled` layers are shared by programs that have them."""
 
-    def __init__(self, program: Program, *, compiled: bool = True) -> None:
-        self.program = program
-        self.entry = program.entry
-        if compiled:
-            self.entry = fx.GraphModule(program.entry, program.entry.graph, program.graph.name)
-            graphs = {name: layer for name, layer in zip(program.layers, program.graph.layers, strict=True)}
-            for name, module in program.layers.items():
-                self.entry.add_module(name, CompiledLayer(module, graphs[name]))
+    def __init__(self, program: Program, compiled: dict[Graph, CompiledLayer] | None) -> None:
+        self.program, self.entry = program, program.entry
+        if compiled is None:
+            return
+        self.entry = fx.GraphModule(program.entry, program.entry.graph, program.graph.name)
+        for (name, module), layer in zip(program.layers.items(), program.graph.layers, strict=True):
+            if layer not in compiled:
+                compiled[layer] = CompiledLayer(module, layer)
+            self.entry.add_module(name, compiled[layer])
 
     def __call__(self, inputs: Sequence[torch.Tensor], params: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         return self.entry(*inputs, *params)

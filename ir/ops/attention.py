@@ -59,7 +59,7 @@ def _(sample: Any) -> list[Any]:
     return [q, k, v, sinks, torch.tensor([0, 2, 2, 5]), torch.tensor(0), {"window": 3, "softcap": 2.0}]
 
 
-@op("cache[b m g d], x[b t g d], at:i64[] -> y[b m g d]", map="b g d", whole="m t", linear="cache x")
+@op("cache[b m g d], x[b t g d], at:i64[] -> y[b m g d]", map="b g d", scan="m t", linear="cache x")
 def cache_write(cache: Tensor, x: Tensor, at: Tensor) -> Tensor:
     """The cache with x standing at positions at, at + 1, ..."""
     return cache.index_copy(1, torch.arange(x.shape[1], device=x.device) + at, x.to(cache.dtype))

@@ -27,7 +27,8 @@ def causal_conv1d(
     for n, (b, start, end) in enumerate(runs):
         past = x.new_zeros(x.shape[2], behind) if state is None else state[n].to(x.dtype)
         padded = torch.cat([past, x[b, start:end].T], -1)
-        y = torch.einsum("ctk,ck->tc", wide(padded).unfold(-1, behind + 1, 1), wide(w))
+        taps = torch.stack([wide(padded)[:, i : i + end - start] for i in range(behind + 1)], -1)
+        y = torch.einsum("ctk,ck->tc", taps, wide(w))
         rows[b].append(y if bias is None else y + wide(bias))
         finals.append(padded[:, padded.shape[1] - behind :])
     y = torch.stack([torch.cat(row) for row in rows])

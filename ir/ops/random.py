@@ -11,7 +11,7 @@ from ..op import op
 Tensor = torch.Tensor
 
 
-@op("x[...], seed:i64[] -> y[...]", whole="...", flops="4*rest", linear="x")
+@op("x[...], seed:i64[] -> y[...]", scan="...", flops="4*rest", linear="x")
 def dropout(x: Tensor, seed: Tensor, *, p: float, stream: int = 0) -> Tensor:
     """x / (1 - p) where an element is kept, else 0; `stream` tells the dropouts of one step apart"""
     index = torch.arange(x.numel(), device=x.device).reshape(x.shape)

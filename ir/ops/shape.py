@@ -79,6 +79,8 @@ def _numbers(shape: torch.Size, axes: tuple[Axis, ...]) -> dict[str, int]:
     fixed = [a for a in axes if a.letters != ("...",)]
     for axis, n in zip(fixed, shape[len(shape) - len(fixed) :], strict=True):
         known = math.prod(size.get(x.split("=")[0], 1) for x in axis.letters)
+        if n % known:
+            raise TypeMismatch(f"reshape: ({' '.join(axis.letters)}) is {n} here, must be a multiple of {known}")
         for x in axis.letters:
             if x.split("=")[0] not in size:
                 size[x] = n // known
@@ -113,6 +115,11 @@ def _(x: TensorType, *, pattern: str) -> TensorType:
     except ValueError:
         raise TypeMismatch(f"reshape: pattern {pattern!r}: a size is a number, 'h=8'") from None
     bound = bind("reshape", [Operand("x", left)], [x], known)
+    for axis, dim in zip(spread(left, bound.rest), x.dims, strict=True):
+        if (dim.axes or dim.order) and "=" in axis.letters[0]:
+            raise PlacementError(f"reshape {pattern!r}: {dim} is split, so each rank must find {axis.letters[0]} itself; give the inner sizes")
+        if dim.order and len(axis.letters) > 1:
+            raise PlacementError(f"reshape {pattern!r}: {dim} must be in the natural order to be parted")
     return TensorType(x.dtype, tuple(_grouped(a, bound, pattern) for a in spread(right, bound.rest)), x.partial)
 
 
