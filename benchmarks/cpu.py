@@ -1,6 +1,6 @@
 """The CPU table: eager, torch.compile and plait on the same shapes, in one process, with the figure to reach.
 
-    python benchmarks/cpu.py [--case C1,C4] [--quick] [--threads N] [--json PATH]
+python benchmarks/cpu.py [--case C1,C4] [--quick] [--threads N] [--json PATH]
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def main() -> None:
     args = parse_arguments()
     torch.set_num_threads(args.threads)
     chosen = set(args.case.split(",")) if args.case else None
-    say = Console(stderr=True)
+    say = Console(stderr=True, soft_wrap=True)
     table = list[Record]()
     for record in run(chosen, args, say):
         table.append(record)
@@ -49,7 +49,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="the small shapes only, three samples each")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="torch threads")
     parser.add_argument("--patience", type=float, default=60.0, help="seconds a row may wait for a quiet machine")
-    parser.add_argument("--budget", type=float, default=120.0, help="seconds a row may take once it has enough samples of any kind")
+    parser.add_argument("--budget", type=float, default=120.0, help="seconds a row may take, five samples of any kind aside")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile of the peer out: minutes less")
     return parser.parse_args()
 

@@ -17,6 +17,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
+
 # The directories that hold compiled code; each cold start gets empty ones.
 CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "PLAIT_CACHE_DIR", "XDG_CACHE_HOME")
 
@@ -37,6 +39,7 @@ def peak_memory(side: str, name: str, tokens: int, layers: int = 4) -> dict[str,
 
 def _spawn(what: str, side: str, name: str, tokens: int, layers: int, mode: str, root: str | None) -> dict[str, Any]:
     caches = {} if root is None else {variable: str(Path(root) / variable.lower()) for variable in CACHES}
+    caches["OMP_NUM_THREADS"] = str(torch.get_num_threads())
     command = [sys.executable, __file__, what, side, name, str(tokens), str(layers), mode]
     done = subprocess.run(command, env=os.environ | caches, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -49,7 +52,6 @@ def _steps(side: str, name: str, tokens: int, layers: int, mode: str) -> Callabl
     import cases
     import ours
     import peers
-    import torch
 
     ids = torch.randint(0, peers.VOCAB, (1, tokens), generator=torch.Generator().manual_seed(0))
     step = cases.forward if mode == "fwd" else cases.train
@@ -59,7 +61,7 @@ def _steps(side: str, name: str, tokens: int, layers: int, mode: str) -> Callabl
             module = ours.model(name, "f32", "infer" if mode == "fwd" else "train", layers)
             if isinstance(module, ours.Missing):
                 sys.exit(module.reason)
-            return lambda: step(module, module if mode == "fwd" else module.loss, ids)  # type: ignore[arg-type]
+            return lambda: step(module, module if mode == "fwd" else cases.next_tokens(module), ids)
         peer = peers.build(name, "f32", layers)
         shown = peers.mask_free(peer) if side == "no mask" else peer
         call = shown if side == "eager" else torch.compile(shown, dynamic=False)

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 HIDDEN = 512
@@ -22,8 +21,7 @@ class Missing:
 
 
 def model(name: str, dtype: str = "f32", mode: str = "train", layers: int = 4) -> nn.Module | Missing:
-    """Our module for a mini: tokens give logits, `.loss(tokens, labels)` the loss, `.generate` a continuation."""
-    torch.manual_seed(0)
+    """Our module for a mini: tokens give logits, `.loss(tokens)` the loss of each next token, `.generate` a continuation."""
     try:
         compile_spec = importlib.import_module("plait").compile
     except (ImportError, AttributeError) as error:
@@ -33,11 +31,24 @@ def model(name: str, dtype: str = "f32", mode: str = "train", layers: int = 4) -
 
 def operation(name: str) -> Callable[..., Any] | Missing:
     """Our form of one operation, with the call shape of the peer's function of that name."""
+    if name in GRAPHS:
+        return _lowered(GRAPHS[name])
     module, function, wrap = OPERATIONS[name]
     try:
         return wrap(getattr(importlib.import_module(module), function))
     except (ImportError, AttributeError) as error:
         return Missing(f"{module}.{function}: {error}")
+
+
+def _lowered(text: str) -> Callable[..., Any] | Missing:
+    """A graph run as the runtime runs a layer: lowered, and compiled with its lengths left symbolic."""
+    try:
+        graph = importlib.import_module("plait.ir").parse(text)
+        program = importlib.import_module("plait.lowering.lower").lower(graph, target="cpu")
+        call = importlib.import_module("plait.runtime.runner").CompiledLayer(program.entry, graph)
+    except ImportError as error:
+        return Missing(f"plait.lowering: {error}")
+    return call if len(graph.outputs) > 1 else lambda *values: call(*values)[0]
 
 
 def _rule(form: Callable[..., Any]) -> Callable[..., Tensor]:
@@ -64,6 +75,36 @@ OPERATIONS: dict[str, tuple[str, str, Callable[[Callable[..., Any]], Callable[..
     "kimi_delta_attention": (RECURRENCE, "kimi_delta_attention", _rule),
     "ssd": (RECURRENCE, "ssd", _ssd),
     "conv_silu": ("plait.lowering.forms.conv", "causal_conv1d", _conv_silu),
+}
+
+GRAPHS = {
+    "gated_norm": """
+def gated_norm(x: f32[t, h, 128], gate: f32[t, h, 128], w: f32[128]):
+    n = rms_norm(x, w, eps=1e-06)
+    a = silu(gate)
+    y = mul(n, a)
+    return y
+""",
+    "add_norm": """
+def add_norm(x: f32[t, 2048], residual: f32[t, 2048], w: f32[2048]):
+    total = add(x, residual)
+    y = rms_norm(total, w, eps=1e-06, zero_centered=True)
+    return y, total
+""",
+    "qk_norm_rope": """
+def qk_norm_rope(q: f32[b, t, 8, 256], k: f32[b, t, 2, 256], w_q: f32[256], w_k: f32[256], p: i64[b, t]):
+    n_q = rms_norm(q, w_q, eps=1e-06, zero_centered=True)
+    n_k = rms_norm(k, w_k, eps=1e-06, zero_centered=True)
+    r_q = rope(n_q, p, theta=10000.0, fraction=0.25)
+    r_k = rope(n_k, p, theta=10000.0, fraction=0.25)
+    return r_q, r_k
+""",
+    "swiglu": """
+def swiglu(gate: f32[t, 5632], up: f32[t, 5632]):
+    a = silu(gate)
+    y = mul(a, up)
+    return y
+""",
 }
 
 

@@ -159,10 +159,11 @@ def add_norm(x: Tensor, residual: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
     return norm(total, w), total
 
 
-def qk_norm_rope(q: Tensor, k: Tensor, w_q: Tensor, w_k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Qwen3-Next's query and key norms and partial rotation; heads are the third dim and become the second."""
-    rotate = _function("qwen3_next", "apply_rotary_pos_emb")
-    return rotate(norm(q, w_q).transpose(1, 2), norm(k, w_k).transpose(1, 2), cos, sin)
+def qk_norm_rope(q: Tensor, k: Tensor, w_q: Tensor, w_k: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+    """Qwen3-Next's query and key norms and its rotation of the first quarter of each head."""
+    angle = places[..., None] * 10000.0 ** (-torch.arange(0, 64, 2) / 64)
+    cos, sin = (each.repeat(1, 1, 2) for each in (angle.cos(), angle.sin()))
+    return _function("qwen3_next", "apply_rotary_pos_emb")(norm(q, w_q), norm(k, w_k), cos, sin, unsqueeze_dim=2)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:

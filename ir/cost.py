@@ -12,7 +12,9 @@ from . import sizes as size_algebra
 from .signature import Binding, rest_letters
 
 Expression = Callable[[Mapping[str, int]], float]
-_BINARY = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+_BINARY: dict[type[ast.operator], Callable[[float, float], float]] = {
+    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
+}  # fmt: skip
 
 
 def parse(text: str, where: str) -> Expression:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import keyword
 from collections.abc import Iterable
 
 from .graph import Graph, Node, Value
@@ -13,15 +15,15 @@ WIDE = 118  # a longer header is broken, one parameter a line
 def dump(graph: Graph) -> str:
     """The graph and every graph it calls, each distinct one once."""
     graphs = _reached(graph)
-    fresh = unique(OPS)
+    fresh = unique([*OPS, *keyword.kwlist])
     names = {g: fresh(g.name) for g in graphs}
     return "\n\n".join(_one(g, names, canonical=False) for g in graphs) + "\n"
 
 
 def key(graph: Graph) -> str:
     """Text that is equal for equal programs: names numbered, comments left out."""
-    names = {g: f"g{i}" for i, g in enumerate(graph.callees)}
-    return "\n\n".join([_one(graph, names, canonical=True), *(g.key for g in graph.callees)])
+    names = {g: f"%{hashlib.sha256(g.key.encode()).hexdigest()}" for g in graph.callees}  # a digest: callees may share callees
+    return _one(graph, names, canonical=True)
 
 
 def _reached(graph: Graph) -> list[Graph]:
@@ -62,8 +64,8 @@ def _one(graph: Graph, graphs: dict[Graph, str], *, canonical: bool) -> str:
 def _value_names(graph: Graph, canonical: bool) -> dict[Value, str]:
     values = [*graph.inputs, *(v for n in graph.nodes for v in n.outputs)]
     if canonical:
-        return {**{v: f"v{i}" for i, v in enumerate(values)}, **{v: v.name for v in graph.params}}
-    fresh = unique()
+        return {**{v: f"%{i}" for i, v in enumerate(values)}, **{v: v.name for v in graph.params}}
+    fresh = unique([*keyword.kwlist, "inf", "nan"])
     params = {v: fresh(v.name) for v in graph.params}  # parameter names are kept: checkpoints know them
     return {**params, **{v: fresh(v.name) for v in values}}
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import keyword
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -165,7 +166,7 @@ class Builder:
         return unwrap(self.emit(graph, inputs, {"params": params} if graph.role == "layer" else {}))
 
     @contextmanager
-    def at(self, part: str) -> Iterator[None]:
+    def at(self, part: str) -> Generator[None]:
         """Give the nodes emitted inside a longer spec path."""
         outer, self.loc = self.loc, f"{self.loc}.{part}" if self.loc else part
         try:
@@ -263,6 +264,6 @@ def renamed(graph: Graph, name: str) -> Graph:
 
 def check_name(name: str, what: str) -> str:
     """Refuse text that is no identifier; names reach generated source only through this."""
-    if not (name.isascii() and name.isidentifier()):
-        raise ParseError(f"{what} {name[:40]!r} must be a plain identifier: letters, digits and underscores")
+    if not (name.isascii() and name.isidentifier()) or keyword.iskeyword(name) or name in ("inf", "nan"):
+        raise ParseError(f"{what} {name[:40]!r} must be a plain identifier: letters, digits, underscores, no keyword")
     return name

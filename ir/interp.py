@@ -116,9 +116,17 @@ def gather(shards: list[torch.Tensor], type_: TensorType, mesh: Mesh) -> torch.T
     return parts[0][1]
 
 
-def _merge(parts: list[tuple[dict[str, int], torch.Tensor]], axis: str, dim: int | None, partial: bool) -> list[tuple[dict[str, int], torch.Tensor]]:
+Placed = tuple[dict[str, int], torch.Tensor]
+
+
+def _merge(parts: list[Placed], axis: str, dim: int | None, partial: bool) -> list[Placed]:
     groups: dict[tuple[tuple[str, int], ...], list[torch.Tensor]] = {}
     for at, tensor in parts:
         groups.setdefault(tuple((k, v) for k, v in at.items() if k != axis), []).append(tensor)
-    join = (lambda g: torch.cat(g, dim)) if dim is not None else (lambda g: sum(g[1:], g[0])) if partial else (lambda g: g[0])
+
+    def join(group: list[torch.Tensor]) -> torch.Tensor:
+        if dim is not None:
+            return torch.cat(group, dim)
+        return torch.stack(group).sum(0) if partial else group[0]
+
     return [(dict(rest), join(group)) for rest, group in groups.items()]

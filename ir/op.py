@@ -110,6 +110,8 @@ class OpDef:
         for operand, type_ in zip(self.inputs, types, strict=True):
             if type_ is None and not operand.optional:
                 raise TypeMismatch(f"{self.name}: operand {operand.name} is missing; it must be {operand}")
+            if type_ and not (operand.dtype or type_.is_float or self.type_rule):
+                raise TypeMismatch(f"{self.name}: {operand.name} is {type_}, its dtype must be a float")
             if type_ and operand.dtype not in ("", "acc") and type_.dtype != operand.dtype:
                 raise TypeMismatch(f"{self.name}: {operand.name} is {type_}, its dtype must be {operand.dtype}")
 

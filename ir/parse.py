@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from . import sizes
-from .errors import ParseError, PlaitError
+from .errors import ParseError, PlaitError, TypeMismatch
 from .graph import ROLES, Builder, Graph, Value, check_name
 from .init import Init, checked
 from .op import OPS, OpDef
@@ -18,6 +19,7 @@ from .statement import Source, Stmt, Var, literal, names, statement, syntax
 from .types import DTYPES, Dim, TensorType
 
 _LOC = re.compile(r"#.* from ([\w.]+)\s*$")
+MAX_CALLS = 32  # graphs that call each other in a chain
 
 
 def parse(text: str, file: str = "") -> Graph:
@@ -59,7 +61,7 @@ class _Module:
         return self.done[name]
 
     def _read(self, fn: ast.FunctionDef) -> Graph:
-        b = Builder(check_name(fn.name, "graph name"), self._role(fn))
+        b = Builder(_name(self.source, fn.name, "graph name", fn), self._role(fn))
         env = self._inputs(fn, b)
         for s in fn.body[:-1]:
             self._equation(statement(self.source, s), b, env)
@@ -84,8 +86,13 @@ class _Module:
         for arg in (*a.args, *a.kwonlyargs):
             if arg.arg in env:
                 self.source.fail(f"{arg.arg} is defined twice", arg)
-            env[check_name(arg.arg, "name")] = b.input(arg.arg, self._input_type(arg)) if arg in a.args else self._param(arg, a, b)
+            _name(self.source, arg.arg, "name", arg)
+            make = partial(self._input if arg in a.args else self._param, arg, a, b)
+            env[arg.arg] = self._guard(make, arg)
         return env
+
+    def _input(self, arg: ast.arg, a: ast.arguments, b: Builder) -> Value:
+        return b.input(arg.arg, self._input_type(arg))
 
     def _param(self, arg: ast.arg, a: ast.arguments, b: Builder) -> Value:
         recipe = a.kw_defaults[a.kwonlyargs.index(arg)]
@@ -111,8 +118,9 @@ class _Module:
         return env[name]
 
     def _equation(self, s: Stmt, b: Builder, env: dict[str, Value]) -> None:
-        for target in s.targets:
-            if target in env:
+        for i, target in enumerate(s.targets):
+            _name(self.source, target, "name", s.node)
+            if target in env or target in s.targets[:i]:
                 self.source.fail(f"{target} is defined twice", s.node)
         env.update(zip(s.targets, self._guard(lambda: self._emit(s, b, env), s.node), strict=True))
 
@@ -127,11 +135,13 @@ class _Module:
         op: OpDef = OPS[s.callee]
         if stray := [k for k in named if not op.has_operand(k)]:
             self.source.fail(f"{op.name} has no operand {stray[0]}", s.node)
-        return b.emit(op, op.arrange(args, named), s.attrs, [check_name(t, "name") for t in s.targets], loc)
+        return b.emit(op, op.arrange(args, named), s.attrs, s.targets, loc)
 
     def _call(self, s: Stmt, b: Builder, args: Sequence[Value], loc: str) -> tuple[Value, ...]:
         if s.callee in self.active:
             self.source.fail(f"graph {s.callee} calls itself", s.node)
+        if len(self.active) >= MAX_CALLS:
+            self.source.fail(f"graphs call each other more than {MAX_CALLS} deep", s.node)
         callee = self.graph(s.callee)
         wanted = {"params"} if callee.role == "layer" else set[str]()
         if s.named or s.attrs.keys() != wanted or not all(isinstance(v, str) for v in s.attrs.values()):
@@ -139,11 +149,11 @@ class _Module:
         for given, value in zip(args, callee.inputs, strict=False):
             if given.type != value.type:
                 self.source.fail(f"{s.callee}: {value.name} is {given.type}, must be {value.type}", s.node)
-        return b.emit(callee, args, s.attrs, [check_name(t, "name") for t in s.targets], loc)
+        return b.emit(callee, args, s.attrs, s.targets, loc)
 
     def _loc(self, node: ast.AST) -> str:
         line = getattr(node, "end_lineno", 0) or 0
-        found = _LOC.search(self.source.text.splitlines()[line - 1]) if line else None
+        found = _LOC.search(self.source.lines[line - 1]) if line else None
         return found[1] if found else ""
 
     def _guard(self, make: Any, node: ast.AST) -> Any:
@@ -155,15 +165,25 @@ class _Module:
             self.source.fail(str(error), node)
         except PlaitError as error:
             self.source.fail(str(error), node)
-        except ValueError as error:
+        except (ValueError, OverflowError) as error:
             self.source.fail(f"sizes do not fit: {error}", node)
+
+
+def _name(source: Source, name: str, what: str, node: ast.AST) -> str:
+    """A plain identifier, or a ParseError that points at it."""
+    try:
+        return check_name(name, what)
+    except ParseError as error:
+        source.fail(str(error), node)
 
 
 def _type(source: Source, node: ast.expr) -> TensorType:
     match node:
         case ast.BinOp(left=left, op=ast.Add(), right=ast.Name(id=axis)):
             base = _type(source, left)
-            return TensorType(base.dtype, base.dims, base.partial | {axis})
+            if axis in base.partial:
+                source.fail(f"the type is partial over {axis} twice", node)
+            return TensorType(base.dtype, base.dims, base.partial | {_name(source, axis, "mesh axis", node)})
         case ast.Subscript(value=ast.Name(id=dtype), slice=index) if dtype in DTYPES:
             elements = index.elts if isinstance(index, ast.Tuple) else [index]
             return TensorType(dtype, tuple(_dim(source, e) for e in elements))
@@ -180,35 +200,44 @@ def _dim(source: Source, node: ast.expr) -> Dim:
             return Dim(inner.size, inner.axes, _order(source, order))
         case ast.BinOp(left=left, op=ast.MatMult(), right=ast.Name(id=axis)):
             inner = _dim(source, left)
-            return Dim(inner.size, (*inner.axes, axis))
+            return Dim(inner.size, (*inner.axes, _name(source, axis, "mesh axis", node)))
         case _:
             return Dim(_size(source, node))
 
 
 def _order(source: Source, node: ast.expr) -> str:
     match node:
-        case ast.Name(id=name):
-            return name
-        case ast.Call(func=ast.Name(id=name), args=[ast.Constant(value=int(parts))], keywords=[]):
-            return f"{name}({parts})"
+        case ast.Call(func=ast.Name(id="zigzag"), args=[ast.Constant(value=int(parts))], keywords=[]) if 0 < parts < 2**30:
+            return f"zigzag({int(parts)})"
         case _:
-            source.fail("a token order is a name, `zigzag(4)`", node)
+            source.fail("a token order is `zigzag(4)`; the natural order is not written", node)
 
 
 def _size(source: Source, node: ast.expr) -> Size:
     match node:
-        case ast.Constant(value=int(size)) if not isinstance(size, bool) and size < 2**62:
+        case ast.Constant(value=int(size)) if not isinstance(size, bool) and sizes.possible(size):
             return size
         case ast.Name(id=symbol):
-            return check_name(symbol, "size")
+            return _name(source, symbol, "size", node)
         case ast.BinOp(left=left, op=ast.Mult(), right=right):
-            return sizes.times(_size(source, left), _size(source, right))
+            return _fits(source, node, sizes.times, _size(source, left), _size(source, right))
         case ast.BinOp(left=left, op=ast.Add(), right=ast.Constant(value=int(offset))):
-            return sizes.plus(_size(source, left), offset)
+            return _fits(source, node, sizes.plus, _size(source, left), offset)
         case ast.BinOp(left=left, op=ast.Sub(), right=ast.Constant(value=int(offset))):
-            return sizes.plus(_size(source, left), -offset)
+            return _fits(source, node, sizes.plus, _size(source, left), -offset)
         case _:
             source.fail("not a dim; expected `64`, `s`, `4*b*s`, `n+1`, `s@cp` or `s@cp:zigzag(2)`", node)
+
+
+def _fits(source: Source, node: ast.expr, join: Callable[..., Size], *parts: Any) -> Size:
+    """The joined size, unless it is none: negative, a product with a sum, or past what a tensor can have."""
+    try:
+        made = join(*parts)
+    except TypeMismatch as error:
+        source.fail(str(error), node)
+    if not sizes.possible(made):
+        source.fail("a size is at least 0 and under 2**62", node)
+    return made
 
 
 def parse_statements(text: str) -> tuple[Stmt, ...]:

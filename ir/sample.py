@@ -63,7 +63,9 @@ def _operands(op: OpDef, sampler: Sampler) -> list[Tensor | None]:
 
 def _draw(op: OpDef, operand: Operand, sizes: dict[str, int], sampler: Sampler) -> Tensor:
     if operand.dtype:
-        raise ValueError(f"{op.name}: random {operand.dtype} numbers mean nothing for {operand.name}; give the op a sample rule")
+        raise ValueError(
+            f"{op.name}: random {operand.dtype} numbers mean nothing for {operand.name}; give the op a sample rule"
+        )
     return sampler.randn(*(n for axis in operand.axes for n in _extent(axis, sizes)))
 
 

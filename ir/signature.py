@@ -62,7 +62,9 @@ class Binding:
     rest: int  # dims an ellipsis stands for
 
     def dim(self, letter: str) -> Dim:
-        """The letter's size, with the placement of its first use."""
+        """The letter's size, with the placement of its first use; a number is itself."""
+        if letter.isdigit():
+            return Dim(int(letter))
         first = self.uses.get(letter)
         return Dim(self.size[letter], first[0].dim.axes, first[0].dim.order) if first else Dim(self.size[letter])
 
@@ -120,7 +122,7 @@ def bind(op: str, operands: Sequence[Operand], types: Sequence[TensorType | None
             if len(axis.letters) > 1:
                 later.append((axis, operand, i, position, dim))
                 continue
-            letter = axis.letters[0]
+            letter = next(iter(axis.letters))
             first = f" as in {operands[uses[letter][0].operand].name}" if letter in uses else ""
             _agree(op, operand, letter, sizes.plus(dim.size, -axis.offset), size, first)
             uses.setdefault(letter, []).append(Use(i, position, dim))

@@ -6,9 +6,11 @@ import math
 import re
 from collections.abc import Mapping
 
+from .errors import TypeMismatch
+
 Size = int | str
 
-_SIZE = re.compile(r"^(?P<product>[A-Za-z_0-9*]+?)(?P<offset>[+-]\d+)?$")
+_SIZE = re.compile(r"^(?P<product>{0}(?:\*{0})*)(?P<offset>[+-]\d+)?$".format(r"(?:\d+|[A-Za-z_]\w*)"), re.ASCII)
 
 
 def _parts(size: Size) -> tuple[int, list[str], int]:
@@ -17,7 +19,7 @@ def _parts(size: Size) -> tuple[int, list[str], int]:
         return size, [], 0
     found = _SIZE.match(size)
     if not found:
-        raise ValueError(f"not a size: {size!r}")
+        raise TypeMismatch(f"not a size: {size!r}; a size is a number, or text such as `4*b*s` or `n+1`")
     factors = found["product"].split("*")
     coefficient = math.prod(int(f) for f in factors if f.isdigit())
     return coefficient, [f for f in factors if not f.isdigit()], int(found["offset"] or 0)
@@ -43,7 +45,7 @@ def times(*sizes: Size) -> Size:
     for size in sizes:
         c, s, offset = _parts(size)
         if offset:
-            raise ValueError(f"cannot multiply the sum {size}")
+            raise TypeMismatch(f"cannot multiply the sum {size}; name it by a symbol of its own")
         coefficient, symbols = coefficient * c, symbols + s
     return _join(coefficient, symbols, 0)
 
@@ -61,12 +63,20 @@ def divide(size: Size, by: Size) -> Size | None:
         return 1
     if offset or by_offset or by_c == 0 or c % by_c:
         return None
+    if c == 0:
+        return 0
     rest = list(s)
     for symbol in by_s:
         if symbol not in rest:
             return None
         rest.remove(symbol)
     return _join(c // by_c, rest, 0)
+
+
+def possible(size: Size) -> bool:
+    """Whether its numbers are such as a tensor can have."""
+    c, s, offset = _parts(size)
+    return 0 <= c < 2**62 and abs(offset) < 2**62 and (bool(s) or offset == 0)
 
 
 def symbols(size: Size) -> set[str]:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import ast
 import math
+import re
+import warnings
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NoReturn
 
 from .errors import ParseError
 
 MAX_TEXT = 16 * 2**20  # characters; more is no program a person or a pass wrote
+MAX_DEPTH = 64  # of nested syntax; what reads it recurs
 
 
 @dataclass(frozen=True)
@@ -38,12 +42,18 @@ class Source:
     text: str
     file: str = ""
 
+    @cached_property
+    def lines(self) -> list[str]:
+        """Lines as Python's own parser counts them."""
+        return re.split(r"\r\n|\r|\n", self.text)
+
     def fail(self, why: str, node: ast.AST | None = None, line: int = 0, column: int = 0) -> NoReturn:
         """Raise a ParseError that shows the line with a caret under the place."""
         line = getattr(node, "lineno", line)
         column = getattr(node, "col_offset", column)
-        lines = self.text.splitlines()
-        shown = lines[line - 1] if 0 < line <= len(lines) else ""
+        shown = self.lines[line - 1] if 0 < line <= len(self.lines) else ""
+        if node is not None:
+            column = len(shown.encode()[:column].decode(errors="ignore"))  # ast counts bytes
         start = max(0, column - 90)
         caret = f"\n  {shown[start:start + 110]}\n  {' ' * (column - start)}^" if shown else ""
         raise ParseError(f"{self.file or 'text'}, line {line}: {why}{caret}")
@@ -54,17 +64,32 @@ def syntax(source: Source) -> list[ast.stmt]:
     if len(source.text) > MAX_TEXT:
         source.fail(f"the text has {len(source.text)} characters, at most {MAX_TEXT} are read", line=1)
     try:
-        return ast.parse(source.text).body
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # an odd escape in text is no business of the reader's
+            body = ast.parse(source.text).body
     except SyntaxError as error:
         source.fail(str(error.msg), line=error.lineno or 1, column=max(0, (error.offset or 1) - 1))
     except (ValueError, RecursionError, MemoryError) as error:
         source.fail(f"cannot be read: {type(error).__name__}", line=1)
+    _check_depth(source, body)
+    return body
+
+
+def _check_depth(source: Source, body: list[ast.stmt]) -> None:
+    """Refuse syntax that nests too deeply to be walked by recursion."""
+    level: list[ast.AST] = [*body]
+    for _ in range(MAX_DEPTH):
+        level = [child for node in level for child in ast.iter_child_nodes(node)]
+    if level:
+        source.fail("nested too deeply", next((n for n in level if hasattr(n, "lineno")), None), line=1)
 
 
 def statement(source: Source, s: ast.stmt) -> Stmt:
     """One `y = callee(...)`."""
     if not (isinstance(s, ast.Assign) and isinstance(s.value, ast.Call) and isinstance(s.value.func, ast.Name)):
         source.fail("expected `y = op(x, attr=1)`", s)
+    if len(s.targets) > 1:
+        source.fail("`a = b = ...` is not allowed here; one equation has one left side", s)
     named, attrs = dict[str, str | Var](), dict[str, Any]()
     for keyword in s.value.keywords:
         if keyword.arg is None:

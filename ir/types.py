@@ -83,9 +83,9 @@ def tensor_type(dtype: str, *dims: Size | Dim) -> TensorType:
 
 
 def checked(type_: TensorType, where: str) -> TensorType:
-    """Refuse a type that no value can have: a negative size, or a mesh axis used twice."""
-    if any(isinstance(d.size, int) and d.size < 0 for d in type_.dims):
-        raise TypeMismatch(f"{where}: {type_} has a negative size")
+    """Refuse a type that no value can have: a size past all bounds, or a mesh axis used twice."""
+    if bad := next((d for d in type_.dims if not sizes.possible(d.size)), None):
+        raise TypeMismatch(f"{where}: size {str(bad.size)[:40]} of {type_.dtype} must be at least 0 and under 2**62")
     axes = [*(a for d in type_.dims for a in d.axes), *sorted(type_.partial)]
     if twice := next((a for i, a in enumerate(axes) if a in axes[:i]), None):
         raise PlacementError(f"{where}: {type_} uses mesh axis {twice} twice; it may be split over one dim, or partial")
@@ -99,9 +99,10 @@ class Mesh:
     axes: tuple[tuple[str, int], ...]
 
     def __getitem__(self, axis: str) -> int:
-        if axis not in self:
-            raise PlacementError(f"the mesh has no axis called {axis}; it has {', '.join(name for name, _ in self.axes) or 'none'}")
-        return dict(self.axes)[axis]
+        sizes_of = dict(self.axes)
+        if axis not in sizes_of:
+            raise PlacementError(f"the mesh has no axis called {axis}; it has {', '.join(sizes_of) or 'none'}")
+        return sizes_of[axis]
 
     def __contains__(self, axis: str) -> bool:
         return axis in dict(self.axes)
@@ -118,4 +119,5 @@ class Mesh:
         for rank, at in enumerate(self.ranks):
             rest = tuple((k, v) for k, v in at.items() if k != axis)
             found.setdefault(rest, []).append(rank)
+        assert all(len(group) == self[axis] for group in found.values())
         return list(found.values())

@@ -22,21 +22,14 @@ def lower(graph: Graph, *, target: str = "cpu") -> Program:
     layers = dict[str, fx.GraphModule]()
     names = dict[Graph, str]()
     for layer in graph.layers:
-        name = names[layer] = _fresh(layer.name, layers)
+        name = names[layer] = f"layer{len(layers)}"
         layers[name] = _Emitter(layer, target, choices).module()
     entry = _Emitter(graph, target, choices, layers, names)
     return Program(graph, target, entry.module(), layers, tuple(parameters(graph)), tuple(choices))
 
 
-def _fresh(name: str, taken: dict[str, Any]) -> str:
-    made, n = name, 1
-    while made in taken:
-        made, n = f"{name}_{n}", n + 1
-    return made
-
-
 class _Emitter:
-    """Writes one graph as one fx module."""
+    """Writes one graph as one fx module. Its source holds names of our making alone: a graph's own names may come from a file."""
 
     def __init__(
         self, graph: Graph, target: str, choices: list[Choice], layers: dict[str, fx.GraphModule] | None = None,
@@ -50,14 +43,14 @@ class _Emitter:
             self.root.add_module(name, layer)
 
     def module(self) -> fx.GraphModule:
-        for value in self.graph.inputs:
-            self.env[value] = self.fx.placeholder(value.name)
-        self.params = {name: self.fx.placeholder(name.replace(".", "_")) for name in parameters(self.graph)}
+        for i, value in enumerate(self.graph.inputs):
+            self.env[value] = self.fx.placeholder(f"x{i}")
+        self.params = {name: self.fx.placeholder(f"p{i}") for i, name in enumerate(parameters(self.graph))}
         self.env |= {v: self.params[v.name] for v in self.graph.params}
         for node in self.graph.nodes:
             self._results(node, self._call(node))
         self.fx.output(tuple(self.env[v] for v in self.graph.outputs))
-        return fx.GraphModule(self.root, self.fx, self.graph.name)
+        return fx.GraphModule(self.root, self.fx, self.graph.role.capitalize())
 
     def _call(self, node: Node) -> fx.Node:
         args = [self.env[v] if v is not None else None for v in node.inputs]
@@ -83,7 +76,7 @@ class _Emitter:
 
     def _kernel(self, kernel: Graph) -> str:
         if kernel not in self.kernels:
-            name = self.kernels[kernel] = _fresh(kernel.name, dict(self.root.named_children()))
+            name = self.kernels[kernel] = f"kernel{len(self.kernels)}"
             self.root.add_module(name, _Emitter(kernel, self.target, self.choices).module())
         return self.kernels[kernel]
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import fx
 
-from ..ir import Graph
+from ..ir import Graph, parameters
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,17 @@ class Program:
 
     @property
     def source(self) -> str:
-        """The Python text of every module, the entry first."""
-        modules = {self.graph.name: self.entry, **self.layers}
-        return "\n\n".join(f"# {name}\n{module.code.strip()}" for name, module in modules.items()) + "\n"
+        """The Python text of every module, the entry first, each with a legend of what its names stand for."""
+        graphs = dict(zip(self.layers, self.graph.layers, strict=True))
+        parts = [_listing("entry", self.graph, self.entry), *(_listing(n, graphs[n], m) for n, m in self.layers.items())]
+        return "\n\n".join(parts) + "\n"
+
+
+def _listing(name: str, graph: Graph, module: fx.GraphModule) -> str:
+    """One module's text and, below it, those of its kernels."""
+    inputs = [f"x{i} {v.name}" for i, v in enumerate(graph.inputs)]
+    params = [f"p{i} {n}" for i, n in enumerate(parameters(graph))]
+    legend = textwrap.fill(f"{graph.name}: {', '.join([*inputs, *params])}", 118, initial_indent="# ", subsequent_indent="#   ")
+    kernels = [g for g in graph.callees if g.role == "kernel"]
+    inner = [_listing(f"kernel{i}", g, getattr(module, f"kernel{i}")) for i, g in enumerate(kernels)]
+    return "\n\n".join([f"# {name}\n{legend}\n{module.code.strip()}", *inner])

@@ -21,23 +21,25 @@ class Form:
 
 
 _CHUNKED = "chunked and matmul-rich, opaque to Dynamo"
-_CPU: dict[str, Form] = {k: v for k, v in {
-    "gated_delta_rule": Form(getattr(forms, "gated_delta_rule", None), _CHUNKED),
-    "delta_rule": Form(getattr(forms, "delta_rule", None), _CHUNKED),
-    "kimi_delta_attention": Form(getattr(forms, "kimi_delta_attention", None), _CHUNKED),
-    "ssd": Form(getattr(forms, "ssd", None), _CHUNKED),
-    "gated_linear_attention": Form(getattr(forms, "gated_linear_attention", None), _CHUNKED),
-    "retention": Form(getattr(forms, "retention", None), _CHUNKED),
-    "causal_conv1d": Form(getattr(forms, "causal_conv1d", None), "k shifted multiply-adds, channels last"),
-    "attention": Form(getattr(forms, "attention", None), "SDPA, masks in blocks of queries"),
-    "cache_write": Form(getattr(forms, "cache_write", None), "in place: the cache that is read is dead"),
-    "route": Form(getattr(forms, "route", None), "top-k without a full sort"),
-    "dispatch": Form(getattr(forms, "dispatch", None), "one stable sort"),
-    "grouped_linear": Form(getattr(forms, "grouped_linear", None), "a GEMM per expert that has rows"),
-    "combine": Form(getattr(forms, "combine", None), "a gather and a sum, no atomics"),
-    "cross_entropy": Form(getattr(forms, "cross_entropy", None), "softmax recomputed in the backward"),
-    "linear_cross_entropy": Form(getattr(forms, "linear_cross_entropy", None), "in blocks of tokens, the logits never exist"),
-}.items() if v.run}
+_CPU: dict[str, Form] = {
+    "gated_delta_rule": Form(forms.gated_delta_rule, _CHUNKED),
+    "delta_rule": Form(forms.delta_rule, _CHUNKED),
+    "kimi_delta_attention": Form(forms.kimi_delta_attention, _CHUNKED),
+    "ssd": Form(forms.ssd, _CHUNKED),
+    "gated_linear_attention": Form(forms.gated_linear_attention, _CHUNKED),
+    "retention": Form(forms.retention, _CHUNKED),
+    "causal_conv1d": Form(forms.causal_conv1d, "k shifted multiply-adds, channels last"),
+    "attention": Form(forms.attention, "SDPA, masks in blocks of queries"),
+    "cache_write": Form(forms.cache_write, "in place: the cache that is read is dead"),
+    "route": Form(forms.route, "top-k without a full sort"),
+    "dispatch": Form(forms.dispatch, "one stable sort"),
+    "grouped_linear": Form(forms.grouped_linear, "a GEMM per expert that has rows"),
+    "combine": Form(forms.combine, "a gather and a sum, no atomics"),
+    "load_balance_loss": Form(forms.load_balance_loss, "counts by comparison, no data-dependent size"),
+    "z_loss": Form(forms.z_loss, "one pass"),
+    "cross_entropy": Form(forms.cross_entropy, "softmax recomputed in the backward"),
+    "linear_cross_entropy": Form(forms.linear_cross_entropy, "in blocks of tokens, the logits never exist"),
+}
 
 
 def form_of(op: OpDef, target: str) -> Form | None:

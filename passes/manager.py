@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,9 +12,9 @@ import torch
 from ..ir import Graph, ParseError, PassError, PlaitError, dump, parse
 from .pipeline import Stage, parse_stages
 from .registry import apply
-from .remarks import Remark
+from .remarks import Remark, check_required
 from .validate import validate
-from .verify import check_types
+from .verify import check_order, check_types
 
 VERIFY = ("off", "types", "numeric")
 _HEADER = "# pipeline: "
@@ -77,6 +77,9 @@ def _step(index: int, stage: Stage, before: Graph, verify: str) -> Event:
     try:
         after, remarks = apply(stage.made, before, dict(stage.given))
         seconds = time.perf_counter() - start
+        check_order(after)
+        if after == before:
+            remarks += (Remark("note", stage.made.name, before.name, "nothing changed", stage.made.name),)
         remarks += _verified(stage, before, after, verify)
     except PlaitError as error:
         raise _failure(stage, before, verify, str(error), internal=False) from error
@@ -94,7 +97,7 @@ def _verified(stage: Stage, before: Graph, after: Graph, verify: str) -> tuple[R
         return ()
     report = validate(before, after, stage.made.numerics)
     if not report.ok:
-        raise PassError(f"changed what {before.name} computes: {report.worst or report.note}")
+        raise PassError(f"changed what {before.name} computes: {report}")
     return (Remark("note", "validate", before.name, report.note, stage.made.name),) if report.note else ()
 
 
@@ -112,13 +115,3 @@ def read_reproducer(text: str) -> tuple[Pipeline, Graph]:
     if not first.startswith(_HEADER):
         raise ParseError(f"a reproducer starts with `{_HEADER}...`, this text with {first[:60]!r}")
     return Pipeline.parse(first.removeprefix(_HEADER)), parse(text)
-
-
-def check_required(require: Iterable[str], remarks: Sequence[Remark]) -> None:
-    """Refuse a build in which something required did not fire, with the reasons that were given."""
-    fired = {r.what for r in remarks if r.kind == "passed"}
-    for name in require:
-        if name in fired:
-            continue
-        reasons = [f"{r.where or r.by}: {r.why}" for r in remarks if r.what == name and r.why]
-        raise PassError(f"{name} is required and did not fire" + (f"; {'; '.join(reasons)}" if reasons else "; no pass looked for it"))

@@ -49,7 +49,7 @@ class _Text:
 
     def fail(self, kind: type[ParseError | PassError], why: str, at: int) -> NoReturn:
         start = max(0, at - 90)
-        raise kind(f"pipeline: {why}\n  {self.text[start:start + 110]}\n  {' ' * (at - start)}^")
+        raise kind(f"pipeline: {why}\n  {self.text[start : start + 110]}\n  {' ' * (at - start)}^")
 
     def skip(self, at: int) -> int:
         while at < len(self.text) and self.text[at].isspace():
@@ -98,7 +98,7 @@ def _options(source: _Text, made: Pass, at: int) -> tuple[dict[str, Any], int]:
     while not source.at_char(at := source.skip(at), "}"):
         found = _OPTION.match(source.text, at)
         if not found:
-            source.fail(ParseError, f"expected `option=value` pairs parted by spaces, or a closing brace, in {made.name}{{...}}", at)
+            source.fail(ParseError, f"expected `option=value`, parted by spaces, or a closing brace, in {made.name}{{...}}", at)
         name = found[1]
         if name not in options:
             source.fail(PassError, f"{made.name} has no option {name}; {suggestion(name, options)}", found.start(1))
@@ -118,7 +118,7 @@ def _value(source: _Text, made: Pass, option: Option, found: re.Match[str]) -> A
         source.fail(PassError, f"{made.name}: option {option.name} is {text!r}, must be {wanted}", found.start(2))
     for part in value if isinstance(value, tuple) else (value,):
         if option.choices and part not in option.choices:
-            why = f"{made.name}: option {option.name} is {part!r}, which is not one of its values; {suggestion(str(part), option.choices)}"
+            why = f"{made.name}: option {option.name} cannot be {part!r}; {suggestion(str(part), option.choices)}"
             source.fail(PassError, why, found.start(2))
     return value
 

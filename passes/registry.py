@@ -62,7 +62,7 @@ def register(
 
 
 def apply(made: Pass, graph: Graph, options: Mapping[str, Any]) -> Outcome:
-    """Run a pass on every distinct layer once and on the entry, or on the whole model; silence becomes a note."""
+    """Run a pass on every distinct layer once and on the entry, or on the whole model."""
     remarks = list[Remark]()
 
     def change(part: Graph) -> Graph:
@@ -72,6 +72,4 @@ def apply(made: Pass, graph: Graph, options: Mapping[str, Any]) -> Outcome:
         return new
 
     after = change(graph) if made.model else each_layer(graph, change)
-    if after == graph:
-        remarks.append(Remark("note", made.name, graph.name, "nothing changed"))
     return after, tuple(replace(r, by=made.name) for r in remarks)

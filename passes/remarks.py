@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+
+from ..ir import PassError
 
 KINDS = ("passed", "missed", "note")
 
@@ -30,3 +32,13 @@ def suggestion(name: str, known: Iterable[str]) -> str:
     listed = sorted(known)
     near = difflib.get_close_matches(name, listed, 1)
     return f"did you mean {near[0]}?" if near else f"there are {', '.join(listed) or 'none'}"
+
+
+def check_required(require: Iterable[str], remarks: Sequence[Remark]) -> None:
+    """Refuse a build in which something required did not fire, with the reasons that were given."""
+    fired = {r.what for r in remarks if r.kind == "passed"}
+    for name in require:
+        if name in fired:
+            continue
+        reasons = "; ".join(f"{r.where or r.by}: {r.why}" for r in remarks if r.what == name and r.why)
+        raise PassError(f"{name} is required and did not fire; {reasons or 'no pass looked for it'}")

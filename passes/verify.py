@@ -9,6 +9,7 @@ from ..ir import Graph, Node, PassError, PlaitError, Replay, Value, dump, parse
 
 def check_types(graph: Graph) -> None:
     """Replay every reached graph and compare each type; then print it and read it back."""
+    check_order(graph)
     for part in reached(graph):
         _check_graph(part)
     if parse(dump(graph)) != graph:
@@ -27,29 +28,32 @@ def reached(graph: Graph) -> tuple[Graph, ...]:
     return tuple(found)
 
 
-def _check_graph(graph: Graph) -> None:
-    """Every operand stands above its use, and every type is the one its op infers."""
+def check_order(graph: Graph) -> None:
+    """Every value is made above its use, in every reached graph; graphs are told apart by identity, a broken one has no key."""
     known = {*graph.inputs, *graph.params}
     for node in graph.nodes:
         if stray := [v for v in node.operands if v not in known]:
-            raise PassError(f"{graph.name}: {node.op.name} at {node.loc or 'no place'} reads {stray[0].name}, which is not made above it")
+            raise PassError(f"{graph.name}: {node.op.name} reads {stray[0].name}, which is not made above it (at {node.loc})")
         known.update(node.outputs)
     if stray := [v for v in graph.outputs if v not in known]:
         raise PassError(f"{graph.name} returns {stray[0].name}, which it never makes")
+    for callee in {id(n.callee): n.callee for n in graph.nodes}.values():
+        if callee is not None:
+            check_order(callee)
+
+
+def _check_graph(graph: Graph) -> None:
+    """Every type is the one that its op infers."""
     replay = Replay(graph)
 
     def visit(node: Node, inputs: list[Value | None]) -> Sequence[Value]:
-        made = replay.keep(node)
-        _compare(graph, node, made)
+        try:
+            made = replay.keep(node)
+        except PlaitError as error:
+            raise PassError(f"{graph.name}: types do not hold: {error}") from None
+        for was, now in zip(node.outputs, made, strict=True):
+            if was.type != now.type:
+                raise PassError(f"{graph.name}: {node.op.name} gives {now.type}, the graph says {was.type}")
         return made
 
-    try:
-        replay.run(visit)
-    except PlaitError as error:
-        raise PassError(f"{graph.name}: types do not hold: {error}") from None
-
-
-def _compare(graph: Graph, node: Node, made: Sequence[Value]) -> None:
-    for was, now in zip(node.outputs, made, strict=True):
-        if was.type != now.type:
-            raise PassError(f"{graph.name}: {node.op.name} gives {now.type}, the graph says {was.type}")
+    replay.run(visit)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ class CompiledModel(torch.nn.Module):
         self.graph, self.description = graph, description
         self._layers: dict[Graph, CompiledLayer] | None = {} if compiled else None
         self._make, self._runners = make, dict[Variant, Runner]()
-        self._names = tuple(parameters(graph))
+        self.vocab = int(graph.params[0].type.dims[0].size)  # rows of the embedding, the first parameter
         for name, tensor in initial(graph, seed).items():
             _place(self, name, torch.nn.Parameter(tensor))
 
@@ -86,6 +86,10 @@ class CompiledModel(torch.nn.Module):
             raise DataError(f"tokens is {tokens.dtype}{list(tokens.shape)}, must be int64 [batch, length]")
         if 0 in tokens.shape:
             raise DataError(f"tokens is {list(tokens.shape)}; there must be at least one row and one token")
+        if not torch.compiler.is_compiling():
+            low, high = (int(x) for x in tokens.aminmax())
+            if low < 0 or high >= self.vocab:
+                raise DataError(f"tokens holds the token {low if low < 0 else high}; tokens are from 0 to {self.vocab - 1}")
         return tokens.long()
 
     def _borders(self, tokens: Tensor, cu: Tensor) -> Tensor:
@@ -143,6 +147,11 @@ class CompiledModel(torch.nn.Module):
     def save(self, path: Path | str) -> None:
         """Write the weights, with the text of the spec, as one safetensors file."""
         save_tensors(path, {k: v for k, v in self.named_parameters()}, {"format": "plait", "spec": self.description})
+
+    def load_from(self, other: torch.nn.Module) -> CompiledModel:
+        """Take another model's weights; both must have the same parameters."""
+        self.load_state_dict(other.state_dict())
+        return self
 
     def load(self, path: Path | str) -> CompiledModel:
         """Read weights written by `save`. Raises CheckpointError naming every tensor that is missing, extra or misshapen."""

@@ -61,7 +61,7 @@ class Runner:
         self.program, self.entry = program, program.entry
         if compiled is None:
             return
-        self.entry = fx.GraphModule(program.entry, program.entry.graph, program.graph.name)
+        self.entry = fx.GraphModule(program.entry, program.entry.graph, "Entry")
         for (name, module), layer in zip(program.layers.items(), program.graph.layers, strict=True):
             if layer not in compiled:
                 compiled[layer] = CompiledLayer(module, layer)

@@ -2,6 +2,10 @@
 
 import pytest
 import torch
+from hypothesis import settings
+
+settings.register_profile("plait", deadline=None, derandomize=True)  # a shared machine is slow at times
+settings.load_profile("plait")
 
 
 @pytest.fixture(autouse=True)

@@ -1,12 +1,12 @@
 """What the mixers mean, against loops over numpy written here from the papers' equations."""
 
+import itertools
 import math
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-
 from plait.ir import OPS, TypeMismatch
 from plait.ir.ops import FAMILY
 
@@ -25,14 +25,19 @@ def tensors(*xs: Array | None) -> list[torch.Tensor | None]:
 # -- attention --------------------------------------------------------------------------------
 
 
-def attend(q: Array, k: Array, v: Array, sinks: Array | None, starts: list[int] | None, at: int | None, causal: bool, window: int, cap: float, scale: float) -> Array:  # fmt: skip
+def attend(
+    q: Array, k: Array, v: Array, sinks: Array | None, starts: list[int] | None, at: int | None,
+    causal: bool, window: int, cap: float, scale: float,
+) -> Array:  # fmt: skip
     """One query, one head, one key at a time."""
     (b, t, h, _), (s, g) = q.shape, k.shape[1:3]
     out = np.zeros((b, t, h, v.shape[3]))
     for n, i, a in np.ndindex(b, t, h):
         place, head, weights, total = i + (s - t if at is None else at), a // (h // g), np.zeros(s), 0.0
         for j in range(s):
-            hidden = (causal and j > place) or (window and j <= place - window) or (starts is not None and starts[j] != starts[i])
+            hidden = (
+                (causal and j > place) or (window and j <= place - window) or (starts is not None and starts[j] != starts[i])
+            )
             logit = float(q[n, i, a] @ k[n, j, head]) * scale
             logit = cap * math.tanh(logit / cap) if cap else logit
             weights[j] = 0.0 if hidden else math.exp(logit)
@@ -44,12 +49,18 @@ def attend(q: Array, k: Array, v: Array, sinks: Array | None, starts: list[int] 
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(("heads", "groups"), [(1, 1), (6, 3), (4, 1)])
-@pytest.mark.parametrize(("window", "cap", "scale", "with_sinks"), [(0, 0.0, None, False), (3, 2.0, 0.3, True), (1, 0.0, None, True)])
-def test_attention(causal: bool, heads: int, groups: int, window: int, cap: float, scale: float | None, with_sinks: bool) -> None:
+@pytest.mark.parametrize(
+    ("window", "cap", "scale", "with_sinks"), [(0, 0.0, None, False), (3, 2.0, 0.3, True), (1, 0.0, None, True)]
+)
+def test_attention(
+    causal: bool, heads: int, groups: int, window: int, cap: float, scale: float | None, with_sinks: bool
+) -> None:
     r = RNG(heads + window)
     q, k, v = r.normal(size=(2, 7, heads, 5)), r.normal(size=(2, 7, groups, 5)), r.normal(size=(2, 7, groups, 3))
     sinks = r.normal(size=heads) if with_sinks else None
-    got = OPS["attention"].reference(*tensors(q, k, v, sinks), None, None, causal=causal, window=window, softcap=cap, scale=scale)
+    got = OPS["attention"].reference(
+        *tensors(q, k, v, sinks), None, None, causal=causal, window=window, softcap=cap, scale=scale
+    )
     close(got, attend(q, k, v, sinks, None, None, causal, window, cap, 5**-0.5 if scale is None else scale))
 
 
@@ -61,8 +72,8 @@ def test_packed_attention_sees_one_segment(borders: list[int], window: int) -> N
     got = OPS["attention"].reference(*tensors(q, k, v, None), torch.tensor(borders), None, window=window)
     starts = [max(x for x in borders if x <= j) for j in range(9)]
     close(got, attend(q, k, v, None, starts, None, True, window, 0.0, 3**-0.5))
-    alone = [OPS["attention"].reference(*(torch.from_numpy(x[:, a:b]) for x in (q, k, v)), window=window) for a, b in zip(borders, borders[1:], strict=False) if b > a]  # fmt: skip
-    close(got, np.concatenate([x.numpy() for x in alone], 1))
+    runs = [[torch.from_numpy(x[:, a:b]) for x in (q, k, v)] for a, b in itertools.pairwise(borders) if b > a]
+    close(got, np.concatenate([OPS["attention"].reference(*run, window=window).numpy() for run in runs], 1))
 
 
 @pytest.mark.parametrize("at", [None, 0, 4])
@@ -70,7 +81,9 @@ def test_attention_over_a_cache_starts_at_a_place(at: int | None) -> None:
     r = RNG(2)
     q, k, v = r.normal(size=(2, 3, 2, 3)), r.normal(size=(2, 8, 2, 3)), r.normal(size=(2, 8, 2, 3))
     place = None if at is None else torch.tensor(at)
-    close(OPS["attention"].reference(*tensors(q, k, v, None), None, place), attend(q, k, v, None, None, at, True, 0, 0.0, 3**-0.5))
+    close(
+        OPS["attention"].reference(*tensors(q, k, v, None), None, place), attend(q, k, v, None, None, at, True, 0, 0.0, 3**-0.5)
+    )
 
 
 # -- short convolution --------------------------------------------------------------------------
@@ -82,7 +95,7 @@ def test_attention_over_a_cache_starts_at_a_place(at: int | None) -> None:
 @pytest.mark.parametrize("carried", [True, False])
 def test_causal_conv1d(act: str, width: int, length: int, borders: list[int] | None, carried: bool) -> None:
     r, batch = RNG(width), 1 if borders else 2
-    runs = [(0, a, b) for a, b in zip(borders, borders[1:], strict=False)] if borders else [(n, 0, length) for n in range(batch)]
+    runs = [(0, a, b) for a, b in itertools.pairwise(borders)] if borders else [(n, 0, length) for n in range(batch)]
     x, w, bias = r.normal(size=(batch, length, 3)), r.normal(size=(3, width)), r.normal(size=3)
     state = r.normal(size=(len(runs), 3, width - 1)) if carried else None
     want, final = np.zeros_like(x), np.zeros((len(runs), 3, width - 1))
@@ -128,13 +141,19 @@ def draw(name: str, batch: int, length: int, groups: int, repeat: int) -> dict[s
     traits = next(t for o, t in FAMILY.items() if o.name == name)
     shape = {"head": (batch, length, heads), "channel": (batch, length, heads, 3), "constant": (heads,)}
     k = r.normal(size=(batch, length, groups, 3))
-    xs = {"q": r.normal(size=(batch, length, groups, 3)), "k": k / np.linalg.norm(k, axis=-1, keepdims=True), "v": r.normal(size=(batch, length, heads, 5))}
+    xs = {
+        "q": r.normal(size=(batch, length, groups, 3)),
+        "k": k / np.linalg.norm(k, axis=-1, keepdims=True),
+        "v": r.normal(size=(batch, length, heads, 5)),
+    }
     if traits.decay != "none":
         xs["slope" if traits.decay == "constant" else "decay"] = -np.abs(r.normal(size=shape[traits.decay]))
     return {**xs, "beta": r.uniform(0.1, 1.9, size=(batch, length, heads))} if traits.beta else xs
 
 
-def recur(name: str, xs: dict[str, Array], state: Array | None, runs: list[tuple[int, int, int]], scale: float) -> tuple[Array, Array]:
+def recur(
+    name: str, xs: dict[str, Array], state: Array | None, runs: list[tuple[int, int, int]], scale: float
+) -> tuple[Array, Array]:
     heads, repeat = xs["v"].shape[2], xs["v"].shape[2] // xs["q"].shape[2]
     out, finals = np.zeros_like(xs["v"]), np.zeros((len(runs), heads, 3, 5))
     for (n, (row, start, end)), h in ((run, h) for run in enumerate(runs) for h in range(heads)):
@@ -166,7 +185,7 @@ def test_a_packed_recurrence_starts_anew(name: str, carried: bool) -> None:
     xs, borders = draw(name, 1, 9, 2, 2), [0, 1, 1, 4, 9]
     state = RNG(3).normal(size=(4, 4, 3, 5)) if carried else None
     got = OPS[name].reference(*tensors(*xs.values(), state), torch.tensor(borders), scale=1.0)
-    runs = [(0, a, b) for a, b in zip(borders, borders[1:], strict=False)]
+    runs = [(0, a, b) for a, b in itertools.pairwise(borders)]
     for a, b in zip(got, recur(name, xs, state, runs, 1.0), strict=True):
         close(a, b)
 

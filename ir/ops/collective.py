@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -119,7 +120,7 @@ def _(x: Shards, *, axis: str, dim: int) -> Shards:
 def _slices(x: Tensor, ranks: int, dim: int) -> Shards:
     """Equal slices, one per rank."""
     if x.shape[dim] % ranks:
-        raise TypeMismatch(f"dim {dim} is {x.shape[dim]} long, which {ranks} ranks do not divide; pad it to a multiple of {ranks}")
+        raise TypeMismatch(f"dim {dim} is {x.shape[dim]} long, which {ranks} ranks do not divide; pad it")
     return list(x.chunk(ranks, dim))
 
 
@@ -187,8 +188,11 @@ def _join(x: TensorType, dim: int, axis: str) -> TensorType:
 COLLECTIVES = (all_to_all, all_gather, reduce_scatter, all_reduce, shard)
 
 
-def _collective_sample(attrs: dict[str, Any]) -> Any:
-    return lambda sample: [sample.randn(2, 4, 4), attrs]
+def _collective_sample(attrs: dict[str, Any]) -> Callable[[Any], list[Any]]:
+    def rule(sample: Any) -> list[Any]:
+        return [sample.randn(2, 4, 4), attrs]
+
+    return rule
 
 
 all_to_all.samples(_collective_sample({"axis": "cp", "src": 1, "dst": 2}))

@@ -19,8 +19,9 @@ Tensor = torch.Tensor
     map="b c", scan="t", whole="k n", flops="2*b*t*c*k", same="n b cu",
 )  # fmt: skip
 def causal_conv1d(
-    x: Tensor, w: Tensor, bias: Tensor | None = None, state: Tensor | None = None, cu: Tensor | None = None, *, act: Literal["none", "silu"] = "none"
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, w: Tensor, bias: Tensor | None = None, state: Tensor | None = None, cu: Tensor | None = None,
+    *, act: Literal["none", "silu"] = "none",
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y_t = act(sum_i w_i x_{t-k+1+i} + bias); `state` is the k - 1 inputs before the start, `final` the last ones"""
     runs = segments(x.shape[0], x.shape[1], cu)
     rows, finals, behind = [list[Tensor]() for _ in range(x.shape[0])], list[Tensor](), w.shape[1] - 1

@@ -58,6 +58,12 @@ def _(a: TensorType, b: TensorType) -> TensorType:
     return a.with_dim(len(a.dims) - 1, Dim(m.size + n.size))
 
 
+@op("x[b t d] -> y[b 1 d]", map="b d", scan="t", linear="x")
+def last_token(x: Tensor) -> Tensor:
+    """y = the last token of every row"""
+    return x[:, -1:]
+
+
 @op("x[...] -> y[...]", map="...", row=True, linear="x")
 def reshape(x: Tensor, *, pattern: str) -> Tensor:
     """x with its dims grouped, parted or moved: pattern='... (h=8 d) -> ... h d'; a letter `u=1` may come or go"""

@@ -52,31 +52,35 @@ def attention(
     scale: float | None = None,
 ) -> Tensor:
     """softmax(scale q k^T) v over the keys each query may see; see the op for what the options hide."""
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
     k, v = k.to(q.dtype), v.to(q.dtype)
     if sinks is None and cu is None and not window and not softcap and k.shape[-1] == v.shape[-1]:
-        if not causal or (at is None and q.shape[1] == 1):
-            return _all_keys(q, k, v, scale)
-        if at is None and q.shape[1] == k.shape[1]:
-            return _sdpa(q, k, v, scale, causal=True)
-    return torch.ops.plait.attention(q, k, v, sinks, cu, at, causal, window, softcap, scale)[0]
+        if q.shape[1] == 1 and (at is None or not causal):
+            return _one_query(q, k, v, factor)
+        if not causal or (at is None and q.shape[1] == k.shape[1]):
+            return _sdpa(q, k, v, factor, causal)
+    return torch.ops.plait.attention(q, k, v, sinks, cu, at, causal, window, softcap, factor)[0]
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Tensor:
+    # In bfloat16 the CPU's kernel runs 17 times slower backward (head 256, no matrix unit) than in float32.
+    cast = _wide if q.device.type == "cpu" else torch.Tensor.contiguous
+    queries, keys, values = (cast(x).transpose(1, 2) for x in (q, k, v))
     gqa = q.shape[2] != k.shape[2]
-    o = F.scaled_dot_product_attention(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=causal, scale=scale, enable_gqa=gqa
-    )
-    return o.transpose(1, 2)
+    o = F.scaled_dot_product_attention(queries, keys, values, is_causal=causal, scale=scale, enable_gqa=gqa)
+    return o.transpose(1, 2).to(q.dtype)
 
 
-def _all_keys(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Every query sees every key; a single query's heads of one group stand as rows, so that its keys are read once."""
-    b, t, h, d = q.shape
-    if t != 1 or h == k.shape[2]:
-        return _sdpa(q, k, v, scale, causal=False)
-    rows = q.reshape(b, k.shape[2], h // k.shape[2], d).transpose(1, 2)
-    return _sdpa(rows, k, v, scale, causal=False).transpose(1, 2).reshape(b, 1, h, v.shape[-1])
+def _one_query(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """The heads of one group stand as rows, so that its keys are read once."""
+    rows = _fold(q, k.shape[2])
+    o = F.scaled_dot_product_attention(rows, k.transpose(1, 2), v.transpose(1, 2), scale=scale)
+    return o.reshape(q.shape[0], 1, q.shape[2], v.shape[-1])
+
+
+def _fold(q: Tensor, g: int) -> Tensor:
+    """[b 1 (g r) d] -> [b, g, r, d]"""
+    return q.reshape(q.shape[0], g, q.shape[2] // g, q.shape[3])
 
 
 def _forward(
@@ -93,12 +97,29 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """The output, and the log of each softmax's denominator [b*g, r, t]."""
     how = _masking(q, k, cu, at, causal, window, softcap, scale)
+    if q.shape[1] == 1 and cu is None and not softcap and k.shape[-1] == v.shape[-1] and q.device.type == "cpu":
+        return _decode(q, k, v, sinks, how)
     queries, keys, values = _by_group(q, k.shape[2]), _keys(k), _keys(v)
     extra = None if sinks is None else _sinks(sinks, len(keys), queries.shape[1])
     o, lse = values.new_zeros(*queries.shape[:3], v.shape[-1]), queries.new_zeros(queries.shape[:3])
     for block in _blocks(queries, keys, how):
         o[block.heads, :, block.queries], lse[block.heads, :, block.queries] = _block(queries, keys, values, extra, block, how)
     return _from_group(o, q.shape[0]).to(q.dtype), lse
+
+
+def _decode(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, how: Masking) -> tuple[Tensor, Tensor]:
+    """One query against a cache: only the keys it sees are read, where they lie."""
+    j0, j1 = _seen(0, 1, k.shape[1], how)
+    seen = (x[:, j0 : max(j0, j1)].transpose(1, 2) for x in (k, v))
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    o, lse = flash(_fold(q, k.shape[2]), *seen, 0.0, False, attn_mask=None, scale=how.scale)
+    lse = _wide(lse).flatten(0, 1)[..., None]
+    o = o.flatten(0, 1)[:, :, None]
+    if sinks is not None:
+        extra = _sinks(sinks, len(lse), lse.shape[1])[..., 0]
+        o = (_wide(o) * torch.sigmoid(lse - extra)[..., None]).to(q.dtype)
+        lse = torch.logaddexp(lse, extra)
+    return _from_group(o, q.shape[0]), lse.contiguous()
 
 
 def _block(
@@ -266,8 +287,7 @@ def _sinks(sinks: Tensor, groups: int, r: int) -> Tensor:
 
 
 _OPERANDS = (
-    "Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor? cu, Tensor? at,"
-    " bool causal, int window, float softcap, float scale"
+    "Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor? cu, Tensor? at, bool causal, int window, float softcap, float scale"
 )
 _op = torch.library.custom_op("plait::attention", _forward, mutates_args=(), schema=f"({_OPERANDS}) -> (Tensor, Tensor)")
 _op_backward = torch.library.custom_op(
@@ -289,7 +309,8 @@ def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 def _(
     do: Tensor, o: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), (q if sinks is None else sinks).new_empty(q.shape[2])
+    dsinks = (q if sinks is None else sinks).new_empty(q.shape[2])
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dsinks
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -8,6 +8,7 @@ Levels of at least BLOCK rows are matmuls of halves; the finer ones share matmul
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -17,6 +18,8 @@ from torch import Tensor
 from .head_decay import Factors, Gradients
 
 BLOCK = 16
+# Factors are held above exp of these: they are nothing beside the rest, and a product of two is still no subnormal number.
+LOG_FLOOR = {torch.float32: -40.0, torch.float64: -300.0}
 
 
 @dataclass(frozen=True)
@@ -29,18 +32,18 @@ class Level:
 
 
 def levels(decay: Tensor) -> Iterator[Level]:
-    """All levels of decay[chunk, lane, row, k] in [0, 1], finest first; the last, of a whole chunk, spans no pairs.
+    """All levels of decay[chunk, lane, row, k] in (0, 1], finest first; the last, of a whole chunk, spans no pairs.
 
     Tensors are updated in place: a level is valid until the next is asked for.
     """
-    size = decay.shape[-2]
+    size, floor = decay.shape[-2], math.exp(LOG_FLOOR[decay.dtype])
     rise, fall = decay.clone(), torch.ones_like(decay)
     half = 1
     while half < size:
         yield Level(half, rise, fall)
         rises, falls = (x.unflatten(2, (-1, 2, half)) for x in (rise, fall))
-        falls[:, :, :, 0].mul_(rises[:, :, :, 1, -1:])
-        rises[:, :, :, 1].mul_(rises[:, :, :, 0, -1:])
+        falls[:, :, :, 0].mul_(rises[:, :, :, 1, -1:]).clamp_(min=floor)
+        rises[:, :, :, 1].mul_(rises[:, :, :, 0, -1:]).clamp_(min=floor)
         half *= 2
     yield Level(half, rise, fall)
 
@@ -52,9 +55,11 @@ def level_mask(half: int, like: Tensor) -> Tensor:
     return ((row % 2 == 1) & (column == row - 1)).to(like.dtype)
 
 
-def channel_factors(q: Tensor, k: Tensor, decay: Tensor, beta: Tensor | None) -> Factors:
-    """Factors of q, k [chunk, b*g, row, k]; decay[chunk, lane, row, k] in [0, 1]; beta (of the delta rule)[chunk, lane, row]."""
-    q, k = per_lane(q, decay), per_lane(k, decay)
+def channel_factors(q: Tensor, k: Tensor, decay: Tensor, beta: Tensor | None, scale: float) -> Factors:
+    """Factors of q, k [chunk, b*g, row, k]; decay[chunk, lane, row, k] in [0, 1]; beta[chunk, lane, row, 1]
+    makes it the delta rule.
+    """
+    q, k = per_lane(q * scale, decay), per_lane(k, decay)
     rows = (q,) if beta is None else (q, k)
     scores = q.new_zeros((len(rows), *q.shape[:3], q.shape[2]))
     blocks = q.new_zeros((q.shape[0] * q.shape[1] * (q.shape[2] // BLOCK), len(rows) * BLOCK, BLOCK))
@@ -83,8 +88,8 @@ def _finish(rows: tuple[Tensor, ...], k: Tensor, scores: Tensor, whole: Level, b
     for kind, x in enumerate(rows):
         torch.mul(x, whole.rise, out=read[kind])
     if beta is not None:
-        scores[1].mul_(beta.unsqueeze(-1))
-        read[1].mul_(-beta.unsqueeze(-1))
+        scores[1].mul_(beta)
+        read[1].mul_(-beta)
     return Factors(scores, read, k * whole.fall, whole.rise[:, :, -1].unsqueeze(-1))
 
 
@@ -124,15 +129,15 @@ def block_pairs(scores: Tensor) -> Tensor:
 
 
 def channel_gradients(
-    q: Tensor, k: Tensor, decay: Tensor, beta: Tensor | None, factors: Factors, grads: Gradients
+    q: Tensor, k: Tensor, decay: Tensor, beta: Tensor | None, factors: Factors, grads: Gradients, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and of the log decay of every row; overwrites `grads`."""
     heads = q.shape[1]
-    q, k = per_lane(q, decay), per_lane(k, decay)
+    q, k = per_lane(q * scale, decay), per_lane(k, decay)
     rows = (q,) if beta is None else (q, k)
     if beta is not None:
-        grads.scores[1].mul_(beta.unsqueeze(-1))
-        grads.read[1].mul_(-beta.unsqueeze(-1))
+        grads.scores[1].mul_(beta)
+        grads.read[1].mul_(-beta)
     left = [torch.zeros_like(q) for _ in rows]
     right = torch.zeros_like(k)
     last = None
@@ -145,7 +150,8 @@ def channel_gradients(
     assert last is not None
     for kind in range(len(rows)):
         left[kind].addcmul_(grads.read[kind], last.rise)
-    return _decay_gradients(rows, k, factors, grads, left, right, last, heads)
+    dq, dk, ddecay = _decay_gradients(rows, k, factors, grads, left, right, last)
+    return _per_key(dq, heads).mul_(scale), _per_key(dk, heads), ddecay
 
 
 def _block_gradients(
@@ -184,26 +190,28 @@ def _decay_gradients(
     left: list[Tensor],
     right: Tensor,
     whole: Level,
-    heads: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Each factor is exp(sum_i - sum_j): x dx over rows less k dk over columns is the gradient of the decay sums."""
-    # The last row's write and the pairs i = j do not decay: left out here, they cannot drown the rest.
-    writes = (grads.write[:, :, :-1] * factors.write[:, :, :-1]).sum(-2)
-    edge = grads.write[:, :, -1].clone()
-    grads.write[:, :, -1] = 0
-    right.addcmul_(grads.write, whole.fall)
     dsum = rows[0] * left[0] - k * right
     if len(rows) == 2:
         dsum.addcmul_(k, left[1])
         right.add_(left[1])
-    dsum[:, :, -1] += writes.add_((grads.fade * factors.fade).squeeze(-1))
-    right[:, :, -1] += edge
+    dsum[:, :, -1] += (grads.fade * factors.fade).squeeze(-1)
+    right.addcmul_(grads.write, whole.fall)
+    # Pairs i = j do not decay: added only now, they cannot drown the rest.
     own = grads.scores[0].diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
     dq, dk = left[0].addcmul_(own, k), right.addcmul_(own, rows[0])
-    # A decay reaches every later row of its chunk.
-    later = torch.ones_like(factors.scores[0, 0, 0]).triu_().expand(dsum.shape[0] * dsum.shape[1], -1, -1)
-    ddecay = torch.bmm(later, dsum.flatten(0, 1)).view_as(dsum)
-    return _per_key(dq, heads), _per_key(dk, heads), ddecay
+    ddecay = _over_time(dsum, grads.write.mul_(factors.write))
+    return dq, dk, ddecay
+
+
+def _over_time(sums: Tensor, writes: Tensor) -> Tensor:
+    """A row's decay is in every later row's sum, and in what every earlier row writes to the chunk's end."""
+    size = sums.shape[2]
+    ones = sums.new_ones(size, size)
+    lanes = (sums.shape[0] * sums.shape[1], -1, -1)
+    later, earlier = ones.triu().expand(lanes), ones.tril(-1).expand(lanes)
+    return torch.bmm(later, sums.flatten(0, 1)).baddbmm_(earlier, writes.flatten(0, 1)).view_as(sums)
 
 
 def _per_key(x: Tensor, heads: int) -> Tensor:

@@ -12,7 +12,7 @@ from ...ir.errors import DataError
 
 CHUNK = 64
 # Lanes x chunks worked on together: large enough to hide call overhead, small enough that a group stays in a core's L2.
-GROUP = 16
+GROUP = 32
 
 
 @dataclass(frozen=True)
@@ -87,23 +87,34 @@ def _with_rows(chunks: Chunks, cu: Tensor, borders: list[int]) -> Chunks:
     )
 
 
-def gather(x: Tensor, chunks: Chunks, low: int, high: int, out: Tensor) -> Tensor:
-    """Rows of chunks [low, high) of x[b t h d], into out[high-low, b*h, size, d]; rows past the end are zero."""
+def gather(x: Tensor, chunks: Chunks, low: int, high: int, out: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Rows of chunks [low, high) of x[b t h d], times weight, into out[high-low, b*h, size, d]; rows past the end are zero."""
     size, b, h = chunks.size, x.shape[0], x.shape[2]
     grid = out.view(high - low, b, h, size, x.shape[3])
     if chunks.rows is not None and chunks.empty is not None:
         picked = x.index_select(1, chunks.rows[low * size : high * size]).unflatten(1, (high - low, size))
         grid.copy_(picked.permute(1, 0, 3, 2, 4))
         grid.masked_fill_(chunks.empty[low:high, None, None, :, None], 0)
-        return out
-    first, last = low * size, min(high * size, chunks.tokens)
-    whole, rest = divmod(last - first, size)
-    if whole:
-        grid[:whole].copy_(x[:, first : last - rest].unflatten(1, (whole, size)).permute(1, 0, 3, 2, 4))
-    if rest:
-        grid[whole, :, :, :rest].copy_(x[:, last - rest : last].transpose(1, 2))
+        return out if weight is None else out.mul_(weight)
+    whole = min(high, chunks.tokens // size) - low
+    if whole and weight is None:
+        grid[:whole].copy_(_by_chunk(x, size, low, whole))
+    elif whole and weight is not None:
+        torch.mul(_by_chunk(x, size, low, whole), weight[:whole].view(whole, b, h, size, 1), out=grid[:whole])
+    if whole < high - low:
+        rest = chunks.tokens % size
+        grid[whole, :, :, :rest].copy_(x[:, chunks.tokens - rest :].transpose(1, 2))
         grid[whole, :, :, rest:].zero_()
+        if weight is not None:
+            out[whole].mul_(weight[whole])
     return out
+
+
+def _by_chunk(x: Tensor, size: int, low: int, count: int) -> Tensor:
+    """View [chunk, b, h, row, d] of `count` full chunks of x[b t h d]."""
+    batch, token, head, channel = x.stride()
+    shape = (count, x.shape[0], x.shape[2], size, x.shape[3])
+    return x.as_strided(shape, (size * token, batch, head, token, channel), x.storage_offset() + low * size * token)
 
 
 def scatter(source: Tensor, chunks: Chunks, low: int, high: int, x: Tensor) -> None:
@@ -115,12 +126,12 @@ def scatter(source: Tensor, chunks: Chunks, low: int, high: int, x: Tensor) -> N
         rows = grid.permute(1, 0, 3, 2, 4).flatten(1, 2).index_select(1, keep)
         x.index_copy_(1, chunks.rows[low * size : high * size].index_select(0, keep), rows.to(x.dtype))
         return
-    first, last = low * size, min(high * size, chunks.tokens)
-    whole, rest = divmod(last - first, size)
+    whole = min(high, chunks.tokens // size) - low
     if whole:
-        x[:, first : last - rest].unflatten(1, (whole, size)).copy_(grid[:whole].permute(1, 0, 3, 2, 4))
-    if rest:
-        x[:, last - rest : last].copy_(grid[whole, :, :, :rest].transpose(1, 2))
+        _by_chunk(x, size, low, whole).copy_(grid[:whole])
+    if whole < high - low:
+        rest = chunks.tokens % size
+        x[:, chunks.tokens - rest :].copy_(grid[whole, :, :, :rest].transpose(1, 2))
 
 
 def gather_gate(gate: Tensor, chunks: Chunks, dtype: torch.dtype) -> Tensor:

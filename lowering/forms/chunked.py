@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .channel_decay import channel_factors
+from .channel_decay import LOG_FLOOR, channel_factors
 from .chunk_layout import CHUNK, Chunks, cut, cut_packed, gather, gather_gate, scatter
-from .head_decay import Factors, HeadDecay, causal_mask, head_decay, head_factors
+from .head_decay import Factors, HeadDecay, head_decay, head_factors
 
 
 @dataclass(frozen=True)
@@ -53,14 +53,13 @@ class Saved:
 
 @dataclass(frozen=True)
 class Gates:
-    """Gates of every chunk: beta kept off zero (backward divides by it), and the head's decay if there is one."""
+    """Gates of every chunk: beta[chunk, lane, row, 1] kept off zero (backward divides by it), and per-head decay if any."""
 
     beta: Tensor
     decay: HeadDecay | None
-    mask: Tensor
 
 
-# exp underflows to zero well before these, and clamped sums stay finite when a gate is -inf.
+# exp is zero to all purposes well before these, and sums stay finite when a gate is -inf.
 _STRONGEST = {torch.float32: -128.0, torch.float64: -800.0}
 _TINY = {torch.float32: 1e-20, torch.float64: 1e-150}
 
@@ -75,40 +74,41 @@ def gates_of(x: Operands, chunks: Chunks) -> Gates:
     """The small tensors of the whole sequence, laid out once."""
     shape = (chunks.count, chunks.lanes, chunks.size)
     beta = x.v.new_ones(shape, dtype=x.dtype) if x.beta is None else gather_gate(x.beta, chunks, x.dtype)
-    beta = torch.where(beta.abs() < _TINY[x.dtype], _TINY[x.dtype], beta)
-    mask = causal_mask(chunks.size, beta)
+    beta = torch.where(beta.abs() < _TINY[x.dtype], _TINY[x.dtype], beta).unsqueeze(-1)
     if x.by_channel:
-        return Gates(beta, None, mask)
+        return Gates(beta, None)
     if x.decay is None:
-        return Gates(beta, head_decay(beta.new_zeros(shape, dtype=torch.float64), x.dtype), mask)
-    gate = gather_gate(x.decay, chunks, torch.float64).clamp_(min=_STRONGEST[x.dtype])
-    return Gates(beta, head_decay(gate, x.dtype), mask)
+        gate = beta.new_zeros(shape, dtype=torch.float64)
+    else:
+        gate = gather_gate(x.decay, chunks, torch.float64).clamp_(min=_STRONGEST[x.dtype])
+    return Gates(beta, head_decay(gate, beta, x.scale))
 
 
-def load(x: Tensor, chunks: Chunks, low: int, high: int, dtype: torch.dtype) -> Tensor:
-    """Rows of chunks [low, high) of x[b t h d], in a new tensor."""
+def load(x: Tensor, chunks: Chunks, low: int, high: int, dtype: torch.dtype, weight: Tensor | None = None) -> Tensor:
+    """Rows of chunks [low, high) of x[b t h d], times weight, in a new tensor."""
     out = x.new_empty((high - low, x.shape[0] * x.shape[2], chunks.size, x.shape[3]), dtype=dtype)
-    return gather(x, chunks, low, high, out)
+    return gather(x, chunks, low, high, out, weight)
 
 
 def load_decay(x: Operands, chunks: Chunks, low: int, high: int) -> Tensor:
-    """The channel decay of a group as factors in [0, 1]."""
+    """The channel decay of a group as factors in (0, 1]."""
     assert x.decay is not None
-    return load(x.decay, chunks, low, high, x.dtype).clamp_(min=_STRONGEST[x.dtype]).exp_()
+    return load(x.decay, chunks, low, high, x.dtype).clamp_(min=LOG_FLOOR[x.dtype]).exp_()
 
 
 def factors_of(x: Operands, gates: Gates, chunks: Chunks, low: int, high: int, q: Tensor, k: Tensor) -> Factors:
     """The factors of a group, whichever way it decays."""
     beta = gates.beta[low:high] if x.delta else None
     if gates.decay is not None:
-        return head_factors(q, k, gates.decay.of(low, high), beta, gates.mask)
-    return channel_factors(q, k, load_decay(x, chunks, low, high), beta)
+        return head_factors(q, k, gates.decay.of(low, high), beta, x.scale)
+    return channel_factors(q, k, load_decay(x, chunks, low, high), beta, x.scale)
 
 
 def invert(scores: Tensor, out: Tensor) -> Tensor:
     """(I + strictly lower scores)^-1. Row-major `out` lets LAPACK's blocked solve run without a copy, three times faster."""
-    unit = torch.eye(scores.shape[-1], dtype=scores.dtype, device=scores.device)
-    return torch.linalg.solve_triangular(scores, unit.expand_as(scores), upper=False, unitriangular=True, out=out)
+    size = scores.shape[-1]
+    unit = torch.eye(size, dtype=scores.dtype, device=scores.device).expand_as(scores)
+    return torch.linalg.solve_triangular(scores, unit, upper=False, unitriangular=True, out=out)
 
 
 @dataclass(frozen=True)
@@ -142,17 +142,17 @@ def forward(x: Operands, *, keep: bool) -> tuple[Tensor, Tensor, Saved | None]:
     """o[b t h v], final state[n h k v] and, if kept, what backward needs."""
     t, heads = x.v.shape[1:3]
     # A short call without backward need not fill a whole chunk.
-    chunks = chunks_of(x, CHUNK if keep or x.cu is not None else min(CHUNK, max(16, 1 << max(t - 1, 0).bit_length())))
+    chunks = chunks_of(x, CHUNK if keep or x.cu is not None else min(32, max(16, 1 << max(t - 1, 0).bit_length())))
     gates = gates_of(x, chunks)
     shape = (x.states, heads, x.k.shape[3], x.v.shape[3])
     final = x.v.new_zeros(shape, dtype=x.dtype) if x.state is None else x.state.to(x.dtype, copy=True).contiguous()
     saved = Saved(*(x.v.new_empty(s, dtype=x.dtype) for s in saved_shapes(x))) if keep else None
     lane = (chunks.lanes, *shape[2:])
-    slots = saved.states.unbind(0) if saved else tuple(x.v.new_empty((2, *lane), dtype=x.dtype).unbind(0))
+    slots = saved.states.unbind(0) if saved else (x.v.new_empty(lane, dtype=x.dtype),)
     walk = Walk(slots, chunks.begins(), chunks.ends(), final.view(len(final) * heads // max(chunks.lanes, 1), *lane))
     o = torch.empty_like(x.v, memory_format=torch.contiguous_format)
     for low, high in chunks.groups():
-        scatter(_group(x, gates, chunks, low, high, walk, saved).mul_(x.scale), chunks, low, high, o)
+        scatter(_group(x, gates, chunks, low, high, walk, saved), chunks, low, high, o)
     return o, final, saved
 
 
@@ -160,22 +160,27 @@ def _group(x: Operands, gates: Gates, chunks: Chunks, low: int, high: int, walk:
     """Outputs of chunks [low, high), [chunk, lane, row, v]; the walk moves on to `high`."""
     q, k = load(x.q, chunks, low, high, x.dtype), load(x.k, chunks, low, high, x.dtype)
     factors = factors_of(x, gates, chunks, low, high, q, k)
-    u = load(x.v, chunks, low, high, x.dtype).mul_(gates.beta[low:high].unsqueeze(-1))
+    u = load(x.v, chunks, low, high, x.dtype, gates.beta[low:high])
     if not x.delta:
         return _scan(factors, u, None, u, walk, low)
-    kept = (saved.u[low:high], saved.solve[low:high]) if saved else (torch.empty_like(u), torch.empty_like(factors.scores[1]))
-    solve = invert(factors.scores[1].flatten(0, 1), kept[1].flatten(0, 1)).view_as(kept[1])
-    return _scan(factors, u, solve, kept[0], walk, low)
+    scores = factors.scores[1]
+    kept = (saved.u[low:high], saved.solve[low:high]) if saved else (torch.empty_like(u), torch.empty_like(scores))
+    size = scores.shape[-1]
+    invert(scores.view(-1, size, size), kept[1].view(-1, size, size))
+    return _scan(factors, u, kept[1], kept[0], walk, low)
 
 
 def _scan(factors: Factors, values: Tensor, solve: Tensor | None, u: Tensor, walk: Walk, low: int) -> Tensor:
     """The state's pass over a group's chunks; with a solve, it turns values into u (the delta rule) on its way."""
     o = torch.empty_like(u)
-    for i in range(u.shape[0]):
+    reads, scores, writes, fades = factors.read[0].unbind(0), factors.scores[0].unbind(0), factors.write.unbind(0), factors.fade
+    keys = factors.read[1].unbind(0) if solve is not None else ()
+    steps = zip(o.unbind(0), u.unbind(0), values.unbind(0), reads, scores, writes, fades.unbind(0), strict=True)
+    for i, (out, update, value, read, score, write, fade) in enumerate(steps):
         state = walk.before(low + i)
         if solve is not None:
-            torch.bmm(solve[i], values[i].baddbmm_(factors.read[1, i], state), out=u[i])
-        torch.bmm(factors.read[0, i], state, out=o[i])
-        o[i].baddbmm_(factors.scores[0, i], u[i])
-        torch.mul(state, factors.fade[i], out=walk.after(low + i)).baddbmm_(factors.write[i].mT, u[i])
+            torch.bmm(solve[i], value.baddbmm_(keys[i], state), out=update)
+        torch.bmm(read, state, out=out)
+        out.baddbmm_(score, update)
+        torch.mul(state, fade, out=walk.after(low + i)).baddbmm_(write.mT, update)
     return o

@@ -21,7 +21,7 @@ class Results:
     k: Tensor
     v: Tensor
     decay: Tensor | None
-    beta: Tensor
+    beta: Tensor | None
     state: Tensor
 
 
@@ -33,15 +33,6 @@ class Return:
     lasts: dict[int, int]
     enter: Tensor  # [segment, lane, k, v]
     leave: Tensor
-
-
-@dataclass(frozen=True)
-class Adjoint:
-    """Gradients of a group's outputs and values, and of the state before its first chunk and after each."""
-
-    o: Tensor
-    values: Tensor
-    states: Tensor
 
 
 def backward(x: Operands, saved: Saved, do: Tensor | None, dfinal: Tensor | None) -> Results:
@@ -64,7 +55,7 @@ def backward(x: Operands, saved: Saved, do: Tensor | None, dfinal: Tensor | None
 def _empty_results(x: Operands, gates: Gates) -> Results:
     decay = None
     if x.decay is not None:
-        decay = torch.empty_like(x.decay, memory_format=torch.contiguous_format) if x.by_channel else torch.empty_like(gates.beta)
+        decay = torch.empty_like(x.decay, memory_format=torch.contiguous_format) if x.by_channel else torch.empty_like(gates.beta.squeeze(-1))
     like = torch.contiguous_format
     state = x.v.new_zeros((x.states, x.v.shape[2], x.k.shape[3], x.v.shape[3]), dtype=x.dtype)
     return Results(
@@ -72,23 +63,24 @@ def _empty_results(x: Operands, gates: Gates) -> Results:
         torch.empty_like(x.k, memory_format=like),
         torch.empty_like(x.v, memory_format=like),
         decay,
-        torch.empty_like(gates.beta),
+        None if x.beta is None else torch.empty_like(gates.beta.squeeze(-1)),
         state,
     )
 
 
 def _gates_by_token(x: Operands, chunks: Chunks, out: Results) -> Results:
-    """Gates back to [b t h]: a decay reaches every later row of its chunk, so its gradient is a sum from the end."""
-    decay = out.decay
-    if x.decay is not None and decay is not None and not x.by_channel:
-        sums = decay.double().flip(-1).cumsum(-1).flip(-1)
-        decay = torch.empty_like(x.decay, memory_format=torch.contiguous_format)
-        scatter(sums.unsqueeze(-1), chunks, 0, chunks.count, decay.unsqueeze(-1))
-    beta = out.beta
-    if x.beta is not None:
-        beta = torch.empty_like(x.beta, memory_format=torch.contiguous_format)
-        scatter(out.beta.unsqueeze(-1), chunks, 0, chunks.count, beta.unsqueeze(-1))
-    return Results(out.q, out.k, out.v, decay, beta, out.state)
+    """Gates back to [b t h]."""
+    decay = out.decay if x.by_channel else _by_token(out.decay, x.decay, chunks)
+    return Results(out.q, out.k, out.v, decay, _by_token(out.beta, x.beta, chunks), out.state)
+
+
+def _by_token(laid: Tensor | None, gate: Tensor | None, chunks: Chunks) -> Tensor | None:
+    """A gate's gradient from [chunk, lane, row] to the gate's own shape."""
+    if gate is None or laid is None:
+        return None
+    out = torch.empty_like(gate, memory_format=torch.contiguous_format)
+    scatter(laid.unsqueeze(-1), chunks, 0, chunks.count, out.unsqueeze(-1))
+    return out
 
 
 def _group(
@@ -105,55 +97,51 @@ def _group(
     """Gradients of one group's operands; returns the state's gradient before it."""
     low, high = span
     q, k = load(x.q, chunks, low, high, x.dtype), load(x.k, chunks, low, high, x.dtype)
-    beta = gates.beta[low:high].unsqueeze(-1)
+    beta = gates.beta[low:high]
     factors = factors_of(x, gates, chunks, low, high, q, k)
-    u = saved.u[low:high] if x.delta else load(x.v, chunks, low, high, x.dtype).mul_(beta)
+    u = saved.u[low:high] if x.delta else load(x.v, chunks, low, high, x.dtype, beta)
     solve = saved.solve[low:high] if x.delta else None
-    adjoint = _walk_back(factors, load(do, chunks, low, high, x.dtype).mul_(x.scale), solve, way, low, carry)
-    grads = _factor_gradients(factors, adjoint, u, saved.states[low:high])
-    out.beta[low:high] = (adjoint.values * u).sum(-1) / gates.beta[low:high]
-    scatter(adjoint.values.mul_(beta), chunks, low, high, out.v)
+    kept = Saved(u, u if solve is None else solve, saved.states[low:high])
+    values, carry, grads = _walk_back(factors, load(do, chunks, low, high, x.dtype), kept, x.delta, way, low, carry)
+    if out.beta is not None:
+        torch.div((values * u).sum(-1), beta.squeeze(-1), out=out.beta[low:high])
+    scatter(values.mul_(beta), chunks, low, high, out.v)
     dq, dk = _fold(x, gates, chunks, span, q, k, factors, grads, out)
     scatter(dq, chunks, low, high, out.q)
     scatter(dk, chunks, low, high, out.k)
-    return adjoint.states[0]
+    return carry
 
 
-def _walk_back(factors: Factors, do: Tensor, solve: Tensor | None, way: Return, low: int, carry: Tensor | None) -> Adjoint:
-    """The state's gradient through a group, last chunk first, and with it that of u and of the values it solves for."""
-    m = do.shape[0]
-    du = torch.bmm(factors.scores[0].flatten(0, 1).mT, do.flatten(0, 1)).view_as(do)
-    values = du if solve is None else torch.empty_like(du)
-    states = do.new_empty((m + 1, *way.enter.shape[1:]))
-    if carry is not None:
-        states[m].copy_(carry)
-    for i in reversed(range(m)):
-        after, before = states[i + 1], states[i]
+def _walk_back(
+    factors: Factors, do: Tensor, saved: Saved, delta: bool, way: Return, low: int, carry: Tensor | None
+) -> tuple[Tensor, Tensor, Gradients]:
+    """The state's gradient through a group, last chunk first, and with it those of the values and of the factors.
+
+    Everything of a chunk is done while its state is in cache.
+    """
+    values = torch.bmm(factors.scores[0].flatten(0, 1).mT, do.flatten(0, 1)).view_as(do)
+    grads = Gradients(*(torch.empty_like(x) for x in (factors.scores, factors.read, factors.write, factors.fade)))
+    fade_axes = (-1,) if factors.fade.shape[2] > 1 else (-2, -1)
+    after = do.new_empty(way.enter.shape[1:]) if carry is None else carry
+    product = torch.empty_like(after)
+    for i in reversed(range(do.shape[0])):
         if low + i in way.lasts:
             after.copy_(way.enter[way.lasts[low + i]])
-        du[i].baddbmm_(factors.write[i], after)
-        torch.mul(after, factors.fade[i], out=before).baddbmm_(factors.read[0, i].mT, do[i])
-        if solve is not None:
-            torch.bmm(solve[i].mT, du[i], out=values[i])
-            before.baddbmm_(factors.read[1, i].mT, values[i])
+        row, update, value, state = do[i], saved.u[i], values[i], saved.states[i]
+        value.baddbmm_(factors.write[i], after)
+        torch.bmm(update, after.mT, out=grads.write[i])
+        torch.sum(torch.mul(state, after, out=product), fade_axes, keepdim=True, out=grads.fade[i])
+        after.mul_(factors.fade[i]).baddbmm_(factors.read[0, i].mT, row)
+        torch.bmm(row, state.mT, out=grads.read[0, i])
+        torch.bmm(row, update.mT, out=grads.scores[0, i])
+        if delta:
+            value.copy_(torch.bmm(saved.solve[i].mT, value))
+            after.baddbmm_(factors.read[1, i].mT, value)
+            torch.bmm(value, state.mT, out=grads.read[1, i])
+            torch.baddbmm(grads.scores[1, i], value, update.mT, beta=0, alpha=-1, out=grads.scores[1, i])
         if low + i in way.begins:
-            way.leave[way.begins[low + i]].copy_(before)
-    return Adjoint(do, values, states)
-
-
-def _factor_gradients(factors: Factors, adjoint: Adjoint, u: Tensor, states: Tensor) -> Gradients:
-    """Gradients of a group's factors, all chunks at once."""
-    before, after = states.flatten(0, 1), adjoint.states[1:].flatten(0, 1)
-    updates = u.flatten(0, 1)
-    scores, read = torch.empty_like(factors.scores), torch.empty_like(factors.read)
-    for kind, rows in enumerate((adjoint.o, adjoint.values)[: len(scores)]):
-        torch.bmm(rows.flatten(0, 1), updates.mT, out=scores[kind].flatten(0, 1))
-        torch.bmm(rows.flatten(0, 1), before.mT, out=read[kind].flatten(0, 1))
-    # The delta rule subtracts its scores.
-    scores[1:].neg_()
-    write = torch.bmm(updates, after.mT).view_as(factors.write)
-    fade = (states * adjoint.states[1:]).sum(-1, keepdim=True)
-    return Gradients(scores, read, write, fade if factors.fade.shape[2] > 1 else fade.sum(-2, keepdim=True))
+            way.leave[way.begins[low + i]].copy_(after)
+    return values, after, grads
 
 
 def _fold(
@@ -169,13 +157,13 @@ def _fold(
 ) -> tuple[Tensor, Tensor]:
     """Factor gradients down to those of q and k; the decay's go straight to `out`."""
     low, high = span
-    beta = gates.beta[low:high] if x.delta else None
     if gates.decay is not None:
-        dq, dk, dlog = head_gradients(q, k, gates.decay.of(low, high), beta, factors, grads)
+        dq, dk, ddecay = head_gradients(q, k, gates.decay.of(low, high), factors, grads, x.scale)
         if out.decay is not None:
-            out.decay[low:high] = dlog
+            out.decay[low:high] = ddecay
         return dq, dk
     assert out.decay is not None
-    dq, dk, ddecay = channel_gradients(q, k, load_decay(x, chunks, low, high), beta, factors, grads)
+    beta = gates.beta[low:high] if x.delta else None
+    dq, dk, ddecay = channel_gradients(q, k, load_decay(x, chunks, low, high), beta, factors, grads, x.scale)
     scatter(ddecay, chunks, low, high, out.decay)
     return dq, dk

@@ -192,7 +192,7 @@ def _head_window(rows: Tensor, heads: Heads, past: Tensor) -> Tensor:
 
 def _tails(heads: Heads) -> tuple[Tensor, Tensor, Tensor]:
     """Where the last k-1 inputs are: (inside the segment?, which row if so, which past row if not), each [n, k-1]."""
-    n, reach = heads.real.shape
+    reach = heads.real.shape[1]
     row = heads.ends[:, None] - reach + torch.arange(reach, device=heads.ends.device)
     return row >= heads.starts[:, None], row, reach + row - heads.starts[:, None]
 

@@ -34,101 +34,107 @@ class Gradients:
 
 @dataclass(frozen=True)
 class HeadDecay:
-    """Decay sums of every chunk: since its start (log, float64), as factors from the start and to the end."""
+    """Decay of every chunk, laid out to multiply: sums since its start (log, float64), and row weights [chunk, lane, row, 1]."""
 
     log: Tensor
-    rise: Tensor
-    fall: Tensor
+    query: Tensor  # scale x decay since the start, of what a query reads
+    key: Tensor  # -beta x decay since the start, of what the delta rule reads by key
+    write: Tensor  # decay to the end
+    fade: Tensor  # decay of the whole chunk, [chunk, lane, 1, 1]
 
     def of(self, low: int, high: int) -> HeadDecay:
         """The same for chunks [low, high)."""
-        return HeadDecay(self.log[low:high], self.rise[low:high], self.fall[low:high])
+        return HeadDecay(self.log[low:high], self.query[low:high], self.key[low:high], self.write[low:high], self.fade[low:high])
 
 
-def head_decay(gate: Tensor, dtype: torch.dtype) -> HeadDecay:
+# Below these, exp is nothing beside the rest, and its products would be subnormal: a matmul over those runs 250 times slower.
+_LOG_FLOOR = {torch.float32: -64.0, torch.float64: -600.0}
+
+
+def head_decay(gate: Tensor, beta: Tensor, scale: float) -> HeadDecay:
     """Sums of a float64 gate[chunk, lane, row]: float64 because differences of large sums must stay exact to float32."""
-    log = gate.cumsum(-1)
-    return HeadDecay(log, log.exp().to(dtype), (log[..., -1:] - log).exp().to(dtype))
+    log, floor = gate.cumsum(-1), _LOG_FLOOR[beta.dtype]
+    rise = log.clamp(min=floor).exp_().to(beta.dtype).unsqueeze(-1)
+    fall = (log[..., -1:] - log).clamp_(min=floor).exp_().to(beta.dtype).unsqueeze(-1)
+    return HeadDecay(log, rise * scale, -(rise * beta), fall, rise[:, :, -1:])
 
 
-def causal_mask(size: int, like: Tensor) -> Tensor:
-    """0 on and below the diagonal, -inf above."""
-    return like.new_full((size, size), float("-inf")).triu_(1)
-
-
-def head_factors(q: Tensor, k: Tensor, decay: HeadDecay, beta: Tensor | None, mask: Tensor) -> Factors:
-    """Factors of q, k [chunk, b*g, row, k]; beta (of the delta rule) and decay are [chunk, lane, row]."""
-    m, lanes, size = decay.rise.shape
-    kinds = 1 if beta is None else 2
-    r, width = lanes // q.shape[1], q.shape[3]
+def head_factors(q: Tensor, k: Tensor, decay: HeadDecay, beta: Tensor | None, scale: float) -> Factors:
+    """Factors of q, k [chunk, b*g, row, k]; beta[chunk, lane, row, 1] makes it the delta rule."""
+    m, lanes, size = decay.log.shape
+    heads, width, kinds = q.shape[1], q.shape[3], 1 if beta is None else 2
     pairs = q.new_empty((kinds, m, lanes, size, size))
-    torch.sub(decay.log.unsqueeze(-1), decay.log.unsqueeze(-2), out=pairs[0])
-    pairs[0].add_(mask).exp_()
-    dots = q.new_empty((kinds, m * q.shape[1], size, size))
-    read = q.new_empty((kinds, m, lanes, size, width))
-    rise = decay.rise.unsqueeze(-1)
-    torch.mul(_spread(q, r), rise.unflatten(1, (-1, r)), out=read[0].unflatten(1, (-1, r)))
-    keys = k.flatten(0, 1)
-    torch.bmm(q.flatten(0, 1), keys.mT, out=dots[0])
+    first = pairs[0]
+    torch.sub(decay.log.unsqueeze(-1), decay.log.unsqueeze(-2), out=first)
+    first.clamp_(_LOG_FLOOR[q.dtype], 0).exp_().tril_()
+    dots = q.new_empty((kinds, m * heads, size, size))
+    read, write = q.new_empty((kinds, m, lanes, size, width)), q.new_empty((m, lanes, size, width))
+    queries, keys = q.view(-1, size, width), k.view(-1, size, width)
+    torch.baddbmm(dots[0], queries, keys.mT, beta=0, alpha=scale, out=dots[0])
+    _weigh(q, decay.query, read[0])
     if beta is not None:
-        torch.mul(pairs[0], beta.unsqueeze(-1), out=pairs[1])
-        pairs[1].diagonal(dim1=-2, dim2=-1).zero_()
+        torch.mul(first, beta, out=pairs[1])
         torch.bmm(keys, keys.mT, out=dots[1])
-        weight = (rise * beta.unsqueeze(-1)).neg_()
-        torch.mul(_spread(k, r), weight.unflatten(1, (-1, r)), out=read[1].unflatten(1, (-1, r)))
-    scores = torch.mul(dots.view(kinds, m, -1, 1, size, size), pairs.unflatten(2, (-1, r))).flatten(2, 3)
-    write = torch.mul(_spread(k, r), decay.fall.unsqueeze(-1).unflatten(1, (-1, r))).flatten(1, 2)
-    return Factors(scores, read, write, decay.rise[..., -1, None, None], pairs)
+        _weigh(k, decay.key, read[1])
+    _weigh(k, decay.write, write)
+    grid = (kinds, m, heads, lanes // heads, size, size)
+    scores = (dots.view(kinds, m, heads, 1, size, size) * pairs.view(grid)).view_as(pairs)
+    return Factors(scores, read, write, decay.fade, pairs)
 
 
-def _spread(x: Tensor, r: int) -> Tensor:
-    """[chunk, b*g, ...] seen once per value head; no copy."""
-    return x.unsqueeze(2).expand(-1, -1, r, -1, -1)
+def _weigh(x: Tensor, weight: Tensor, out: Tensor) -> None:
+    """Rows of each key head times the weights of each of its value heads."""
+    m, heads, size, width = x.shape
+    r = out.shape[1] // heads
+    torch.mul(x.unsqueeze(2), weight.view(m, heads, r, size, 1), out=out.view(m, heads, r, size, width))
 
 
 def head_gradients(
-    q: Tensor, k: Tensor, decay: HeadDecay, beta: Tensor | None, factors: Factors, grads: Gradients
+    q: Tensor, k: Tensor, decay: HeadDecay, factors: Factors, grads: Gradients, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and of the decay sums; overwrites `grads`."""
-    dlog = _decay_sums(factors, grads)
-    heads = q.shape[1]
-    r = decay.rise.shape[1] // heads
+    """Gradients of q, k and of the log decay of every row; overwrites `grads`."""
     assert factors.pairs is not None
+    # The delta rule's keys do not meet themselves.
+    grads.scores[1:].diagonal(dim1=-2, dim2=-1).zero_()
+    ddecay = _decay_gradients(factors, grads)
+    m, heads, size, width = q.shape
+    r = decay.log.shape[1] // heads
     dots = grads.scores.mul_(factors.pairs)
     if r > 1:
-        dots = dots.unflatten(2, (heads, r)).sum(3)
-    dots = dots.flatten(1, 2)
-    queries, keys = q.flatten(0, 1), k.flatten(0, 1)
-    dq = torch.bmm(dots[0], keys)
-    dk = torch.bmm(dots[0].mT, queries)
-    _add_heads(dq, grads.read[0], decay.rise, heads)
-    _add_heads(dk, grads.write, decay.fall, heads)
-    if beta is not None:
+        dots = dots.view(-1, m, heads, r, size, size).sum(3)
+    dots = dots.view(-1, m * heads, size, size)
+    queries, keys = q.view(-1, size, width), k.view(-1, size, width)
+    dq, dk = torch.empty_like(queries), torch.empty_like(keys)
+    torch.baddbmm(dq, dots[0], keys, beta=0, alpha=scale, out=dq)
+    torch.baddbmm(dk, dots[0].mT, queries, beta=0, alpha=scale, out=dk)
+    _add_heads(dq, grads.read[0], decay.query, r)
+    _add_heads(dk, grads.write, decay.write, r)
+    if len(dots) == 2:
         dk.baddbmm_(dots[1], keys).baddbmm_(dots[1].mT, keys)
-        _add_heads(dk, grads.read[1], (decay.rise * beta).neg_(), heads)
-    return dq.view_as(q), dk.view_as(k), dlog
+        _add_heads(dk, grads.read[1], decay.key, r)
+    return dq, dk, ddecay
 
 
-def _add_heads(total: Tensor, part: Tensor, weight: Tensor, heads: int) -> None:
+def _add_heads(total: Tensor, part: Tensor, weight: Tensor, r: int) -> None:
     """total[chunk*g] += sum over the value heads of a key head of weight * part, without a temporary."""
-    r = part.shape[1] // heads
-    grid = total.view(part.shape[0], heads, *part.shape[2:])
-    parts, weights = part.unflatten(1, (heads, r)), weight.unsqueeze(-1).unflatten(1, (heads, r))
+    parts, weights = part.view(-1, r, *part.shape[2:]), weight.reshape(-1, r, part.shape[2], 1)
     for j in range(r):
-        grid.addcmul_(parts[:, :, j], weights[:, :, j])
+        total.addcmul_(parts[:, j], weights[:, j])
 
 
-def _decay_sums(factors: Factors, grads: Gradients) -> Tensor:
-    """Gradient of the decay sums: each factor is exp(sum_i - sum_j), so rows add and columns subtract."""
+def _decay_gradients(factors: Factors, grads: Gradients) -> Tensor:
+    """Each factor is exp(sum_i - sum_j): rows add, columns subtract; a row's decay is in every later row's sum."""
     pull = grads.scores[0] * factors.scores[0]
     reads = grads.read[0] * factors.read[0]
     if grads.scores.shape[0] == 2:
         pull.addcmul_(grads.scores[1], factors.scores[1])
         reads.addcmul_(grads.read[1], factors.read[1])
-    # Terms without decay (i = j; the last row's write) are left out: under strong decay they would drown the rest.
+    # Pairs i = j do not decay: left in, they would drown the rest when decay is strong.
     pull.diagonal(dim1=-2, dim2=-1).zero_()
-    writes = (grads.write * factors.write).sum(-1)
-    writes[..., -1] = 0
-    dlog = pull.sum(-1).sub_(pull.sum(-2)).add_(reads.sum(-1)).sub_(writes)
-    dlog[..., -1] += writes.sum(-1) + (grads.fade * factors.fade).squeeze(-1).squeeze(-1)
-    return dlog
+    sums = pull.sum(-1).sub_(pull.sum(-2)).add_(reads.sum(-1))
+    sums[..., -1] += (grads.fade * factors.fade).squeeze(-1).squeeze(-1)
+    # What a row writes to the chunk's end decays in the rows after it only: a sum from the start, for the same reason.
+    writes = (grads.write * factors.write).sum(-1).cumsum(-1)
+    ddecay = sums.flip(-1).cumsum(-1).flip(-1)
+    ddecay[..., 1:] += writes[..., :-1]
+    return ddecay

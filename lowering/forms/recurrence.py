@@ -121,7 +121,7 @@ def _backward(
         out.k,
         out.v,
         none if out.decay is None else out.decay,
-        none if beta is None else out.beta,
+        none if out.beta is None else out.beta,
         none if state is None else out.state.to(state.dtype),
     )
 

@@ -1,0 +1,47 @@
+"""The command line: `plait`, or `python -m plait`."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import plait
+import typer
+from plait import cli_compile, cli_describe, cli_opt
+
+app = typer.Typer(
+    name="plait",
+    help="Compile hybrid language models: specs to typed IR, fused programs and reports.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich" if sys.stdout.isatty() else None,
+)
+for part in (cli_compile, cli_opt, cli_describe):
+    part.mount(app)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"plait {plait.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    """What stands before any command."""
+
+
+def main() -> None:
+    """Run the command line; text no terminal can show is escaped, not a failure."""
+    for stream in (sys.stdout, sys.stderr):
+        reconfigure = getattr(stream, "reconfigure", None)
+        if reconfigure:
+            reconfigure(errors="backslashreplace")
+    app(prog_name="plait")
+
+
+if __name__ == "__main__":
+    main()
