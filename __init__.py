@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from plait.api import compile, load, program
+    from plait.frontends import ModelSpec, load_spec
+    from plait.ir import Graph, Mesh, PlaitError, evaluate, parse, simulate, trace
+    from plait.runtime import CompiledModel
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's threads spin on small tiles; torch's do the work here
-
-from plait.api import compile, load, program
-from plait.frontends import ModelSpec, load_spec
-from plait.ir import Graph, Mesh, PlaitError, evaluate, parse, simulate, trace
-from plait.runtime import CompiledModel
 
 __version__ = "0.1.0"
 __all__ = [
     "CompiledModel", "Graph", "Mesh", "ModelSpec", "PlaitError", "compile", "evaluate", "load", "load_spec", "parse", "program",
     "simulate", "trace",
 ]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    """Load the package, and torch with it, when something of it is first used: `plait --help` need not wait."""
+    if name not in __all__:
+        raise AttributeError(f"module 'plait' has no attribute {name!r}")
+    from plait import api, frontends, ir, runtime
+
+    return getattr(next(home for home in (ir, frontends, runtime, api) if hasattr(home, name)), name)

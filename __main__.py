@@ -7,17 +7,17 @@ from typing import Annotated
 
 import plait
 import typer
-from plait import cli_compile, cli_describe, cli_opt
+from plait import cli_compile, cli_describe, cli_opt, cli_train
 
 app = typer.Typer(
     name="plait",
-    help="Compile hybrid language models: specs to typed IR, fused programs and reports.",
+    help="Compile hybrid language models: from a spec to typed IR, fused programs, training and text.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich" if sys.stdout.isatty() else None,
 )
-for part in (cli_compile, cli_opt, cli_describe):
+for part in (cli_compile, cli_opt, cli_train, cli_describe):
     part.mount(app)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from plait.frontends import ModelSpec, build, dump_spec, load_spec
-from plait.ir import CheckpointError, DTYPES, Graph, PlaitError
+from plait.ir import CheckpointError, Graph, PlaitError
 from plait.lowering import lower
 from plait.passes import DEFAULT, Pipeline
 from plait.runtime import CompiledModel, Variant, read_metadata
@@ -28,7 +28,14 @@ def program(spec: Spec, *, task: str = "logits", dtype: str = "", packed: bool =
 
 
 def compile(
-    spec: Spec, *, target: str = "cpu", dtype: str = "", mode: str = "train", passes: str = DEFAULT, seed: int = 0, jit: bool = True
+    spec: Spec,
+    *,
+    target: str = "cpu",
+    dtype: str = "",
+    mode: str = "train",
+    passes: str = DEFAULT,
+    seed: int = 0,
+    jit: bool = True,
 ) -> CompiledModel:
     """Compile a spec to a module: `model(tokens) -> logits`, `model.loss(tokens, labels)`, `model.generate(tokens, n)`.
 
@@ -54,7 +61,7 @@ def load(path: str | Path, **options: Any) -> CompiledModel:
     """The model in a file written by `save`, compiled with the options of `compile`."""
     text = read_metadata(path).get("spec", "")
     if not text:
-        raise CheckpointError(f"{path}: holds no spec; it was not written by plait. Compile the spec and call load on the model")
+        raise CheckpointError(f"{path}: holds no spec, so plait did not write it; compile the spec and call load on the model")
     return compile(load_spec(_fields(text, path)), **options).load(path)
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from plait.ir import Graph
     from plait.passes import Event, Pipeline
 
-LARGE = 2**24  # parameters beyond which numbers are compared on the shrunken spec
+LARGE = 2**20  # parameters beyond which numbers are compared on the shrunken spec: float64 references take a minute for 5M
 
 
 class Emit(StrEnum):

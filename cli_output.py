@@ -15,6 +15,7 @@ import typer
 
 P = ParamSpec("P")
 MAX_BYTES = 2**26  # the parser reads 2**24 characters, of at most four bytes
+LOOSE = 14  # the least width in which a column of text is still read with ease
 MAX_LINES = 40  # of an error: what is first is what helps
 
 
@@ -26,7 +27,7 @@ def fail_cleanly(command: Callable[P, None]) -> Callable[P, None]:
         try:
             command(*args, **kwargs)
             sys.stdout.flush()
-        except ZeroDivisionError:
+        except BrokenPipeError:
             _silence()
             raise typer.Exit(141) from None  # what a shell sees of `cat` there
         except KeyboardInterrupt:
@@ -138,10 +139,19 @@ class Table:
 
     def is_number(self, index: int) -> bool:
         cells = [row[index] for row in self.rows if row[index] not in ("", "-")]
-        return bool(cells) and all(cell[0].isdigit() for cell in cells)
+        return bool(cells) and all(cell.lstrip("-")[:1].isdigit() for cell in cells)
+
+    def fits(self, width: int) -> bool:
+        """Whether columns that must not wrap, names and numbers, leave the others room."""
+        stiff = [w for i, w in enumerate(self.widths) if i == 0 or self.is_number(i)]
+        return sum(stiff) + len(stiff) + (len(self.columns) - len(stiff)) * LOOSE <= width
+
+    @property
+    def widths(self) -> list[int]:
+        return [max(len(row[i]) for row in (self.columns, *self.rows)) for i in range(len(self.columns))]
 
     def __str__(self) -> str:
-        widths = [max(len(row[i]) for row in (self.columns, *self.rows)) for i in range(len(self.columns))]
+        widths = self.widths
         right = [self.is_number(i) for i in range(len(self.columns))]
         lines = [
             "  ".join(cell.rjust(w) if r else cell.ljust(w) for cell, w, r in zip(row, widths, right, strict=True)).rstrip()
@@ -163,19 +173,25 @@ def _draw(tables: Sequence[Table]) -> None:
     from rich.table import Table as RichTable
     from rich.text import Text
 
+    console = Console()  # it honours NO_COLOR
     for table in tables:
-        drawn = RichTable(title=table.title or None, title_justify="left", box=SIMPLE_HEAD)
+        if not table.fits(console.width):
+            write_out(f"{table}\n")
+            continue
+        title = Text(table.title, style="bold") if table.title else None
+        drawn = RichTable(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
         for i, name in enumerate(table.columns):
-            drawn.add_column(name, justify="right" if table.is_number(i) else "left", overflow="fold")
+            number = table.is_number(i)
+            drawn.add_column(name, justify="right" if number else "left", overflow="fold", no_wrap=number or i == 0)
         for row in table.rows:
             drawn.add_row(*(Text(cell) for cell in row))
-        Console().print(drawn)  # it honours NO_COLOR
+        console.print(drawn)
 
 
 def count(number: float) -> str:
     """`8.03B`, `4.9M`, `512`: three digits and a letter."""
     for letter, unit in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= unit:
+        if number >= 0.9995 * unit:
             return f"{number / unit:.3g}{letter}" if number < 999.5 * unit else f"{number / unit:.0f}{letter}"
     return f"{number:.4g}"
 

@@ -178,7 +178,7 @@ def tables(made: Report) -> list[Table]:
     """The report for people."""
     title = f"{made.name} for {made.target}: {count(made.parameters)} parameters, {size(made.weights)} of weights"
     layers = Table(
-        ("layer", "times", "parameters", "ops", "fused ops", "kernels", "bytes/token", "fused bytes", "saved", "FLOPs/token"),
+        ("layer", "times", "params", "ops", "fused ops", "kernels", "bytes/token", "fused", "saved", "FLOPs/token"),
         [*(_row(p, made.tokens) for p in made.parts), _total(made)],
         f"{title}; traffic and FLOPs for {made.tokens} tokens",
     )

@@ -157,7 +157,7 @@ def generate_command(
 
     if not prompt:
         raise problem("the prompt is empty; give at least one character to continue")
-    model = load(checkpoint_file(path), mode="infer", jit=jit)
+    model = load(checkpoint_file(path), dtype="f32", mode="infer", jit=jit)
     if model.vocab != 256:
         raise problem(f"{path}: vocab is {model.vocab}, must be 256: the text is written as bytes")
     pieces = written(model, prompt, tokens, temperature=temperature, top_k=top_k, seed=seed)

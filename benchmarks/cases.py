@@ -177,7 +177,8 @@ def _model(case: str, name: str, dtype: str, t: int, targets: Targets, **rest: A
 def _model_bench(name: str, dtype: str, t: int, mode: str) -> Bench:
     tokens = torch.randint(0, peers.VOCAB, (1, t), generator=torch.Generator().manual_seed(0))
     peer = peers.build(name, dtype)
-    free, mine = peers.mask_free(peer), ours.model(name, dtype, "infer" if mode == "fwd" else "train")
+    free = peers.mask_free(peer)
+    mine: Any = ours.model(name, dtype, "infer" if mode == "fwd" else "train")
     modules: dict[str, Any] = {"eager": peer, "compile": torch.compile(peer, dynamic=False)}
     if free is not None:
         modules["compile, no mask"] = torch.compile(free, dynamic=False)
@@ -188,7 +189,7 @@ def _model_bench(name: str, dtype: str, t: int, mode: str) -> Bench:
     return Bench(variants, {"parameters": peers.parameter_count(peer)} | _ours_notes(mine))
 
 
-def _ours_notes(mine: nn.Module | ours.Missing) -> dict[str, Any]:
+def _ours_notes(mine: Any) -> dict[str, Any]:
     if isinstance(mine, ours.Missing):
         return {"ours": mine.reason}
     return {"our parameters": peers.parameter_count(mine)}
@@ -228,10 +229,11 @@ def _decodes() -> list[Row]:
 
 def _decode_bench(dtype: str) -> Bench:
     prompt = torch.randint(0, peers.VOCAB, (1, PROMPT), generator=torch.Generator().manual_seed(0))
-    peer, mine = peers.build("q3n", dtype).eval(), ours.model("q3n", dtype, "infer")
+    peer = peers.build("q3n", dtype).eval()
+    mine: Any = ours.model("q3n", dtype, "infer")
     variants: dict[str, Thunk] = {"eager": lambda: _quietly(lambda: peers.decode(peer, prompt, SAID))}
     if not isinstance(mine, ours.Missing):
-        variants["ours"] = lambda: _quietly(lambda: mine.generate(prompt, max_new_tokens=SAID))  # type: ignore[operator]
+        variants["ours"] = lambda: _quietly(lambda: mine.generate(prompt, max_new_tokens=SAID))
     return Bench(variants, {"parameters": peers.parameter_count(peer), "calls": SAID} | _ours_notes(mine))
 
 

@@ -156,7 +156,8 @@ def show(table: list[Record], console: Console) -> None:
     console.print(shown)
     sizes = {record["title"]: record["notes"] for record in table if "parameters" in record["notes"]}
     for title, notes in sizes.items():
-        console.print(f"{title}: peer {notes['parameters']:,} parameters, ours {notes.get('our parameters', '-')}")
+        mine = f"{notes['our parameters']:,}" if "our parameters" in notes else "-"
+        console.print(f"{title}: peer {notes['parameters']:,} parameters, ours {mine}", highlight=False)
     for reason in sorted({record["notes"]["ours"] for record in table if isinstance(record["notes"].get("ours"), str)}):
         console.print(f"not measured: {reason}")
 

@@ -58,14 +58,14 @@ def _steps(side: str, name: str, tokens: int, layers: int, mode: str) -> Callabl
 
     def build() -> Callable[[], object]:
         if side == "ours":
-            module = ours.model(name, "f32", "infer" if mode == "fwd" else "train", layers)
+            module: Any = ours.model(name, "f32", "infer" if mode == "fwd" else "train", layers)
             if isinstance(module, ours.Missing):
                 sys.exit(module.reason)
             return lambda: step(module, module if mode == "fwd" else cases.next_tokens(module), ids)
         peer = peers.build(name, "f32", layers)
-        shown = peers.mask_free(peer) if side == "no mask" else peer
+        shown: Any = peers.mask_free(peer) if side == "no mask" else peer
         call = shown if side == "eager" else torch.compile(shown, dynamic=False)
-        return lambda: step(peer, call, ids)  # type: ignore[arg-type]
+        return lambda: step(peer, call, ids)
 
     return build
 

@@ -41,12 +41,13 @@ def operation(name: str) -> Callable[..., Any] | Missing:
 
 
 def _lowered(text: str) -> Callable[..., Any] | Missing:
-    """A graph run as the runtime runs a layer: lowered, and compiled with its lengths left symbolic."""
+    """A graph run as the runtime runs a layer: through the passes, lowered, and compiled with symbolic lengths."""
     try:
-        graph = importlib.import_module("plait.ir").parse(text)
-        program = importlib.import_module("plait.lowering.lower").lower(graph, target="cpu")
+        passes = importlib.import_module("plait.passes")
+        graph = passes.Pipeline.parse(passes.DEFAULT).run(importlib.import_module("plait").parse(text))
+        program = importlib.import_module("plait.lowering").lower(graph, target="cpu")
         call = importlib.import_module("plait.runtime.runner").CompiledLayer(program.entry, graph)
-    except ImportError as error:
+    except (ImportError, AttributeError) as error:
         return Missing(f"plait.lowering: {error}")
     return call if len(graph.outputs) > 1 else lambda *values: call(*values)[0]
 

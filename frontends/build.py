@@ -63,7 +63,8 @@ def _blocks(b: Builder, spec: ModelSpec, plan: Plan, x: Value, shared: dict[str,
     losses = list[Value]()
     for name, kind in named_kinds(spec).items():
         title = name.replace("attention", "self_attention")  # `attention` itself is an op
-        layers[kind] = build_layer(kind, spec, plan.dtype, {n: shared[n].type for n in _reads(kind, plan) if n in shared}, title)
+        reads = {n: shared[n].type for n in _reads(kind, plan) if n in shared}
+        layers[kind] = build_layer(kind, spec, plan.dtype, reads, title)
     for i, kind in enumerate(spec.blocks):
         with b.at(f"layers.{i}"):
             made = b.call(layers[kind], x, *(shared[n] for n in _reads(kind, plan) if n in shared), params=f"layers.{i}")
@@ -94,7 +95,7 @@ def _finish(
         else:
             out = ops.linear(n, w)
             out = ops.softcap(out, cap=spec.logit_softcap) if spec.logit_softcap else out
-    weight = table if spec.tied else b.param("head", tensor_type(plan.dtype, spec.vocab, spec.hidden), Init("normal", (spec.init_std,)))
+    weight = table if spec.tied else b.param("head", table.type, Init("normal", (spec.init_std,)))
     y = b.call(head.finish([out]), x, weight, *([given["labels"]] if labels else []), params="final")
     for loss in losses if plan.task == "loss" else ():
         y = ops.add(y, loss)

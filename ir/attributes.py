@@ -12,7 +12,13 @@ from typing import Any
 from .errors import TypeMismatch
 from .op import REQUIRED, OpDef
 
-_KINDS: dict[str, tuple[type, ...]] = {"int": (int,), "float": (float, int), "bool": (bool,), "str": (str,), "None": (type(None),)}
+_KINDS: dict[str, tuple[type, ...]] = {
+    "int": (int,),
+    "float": (float, int),
+    "bool": (bool,),
+    "str": (str,),
+    "None": (type(None),),
+}
 
 
 def check_attrs(op: OpDef, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -83,10 +83,13 @@ def _line(node: Node, names: dict[Value, str], graphs: dict[Graph, str]) -> str:
     if isinstance(node.op, OpDef):
         gap = next((i for i, v in enumerate(node.inputs) if v is None), len(node.inputs))
         operands = [names[v] for v in node.operands[:gap]]  # all before the first absent one; the rest by name
-        operands += [f"{o.name}={names[v]}" for o, v in zip(node.op.inputs[gap:], node.inputs[gap:], strict=True) if v is not None]
+        operands += [
+            f"{o.name}={names[v]}" for o, v in zip(node.op.inputs[gap:], node.inputs[gap:], strict=True) if v is not None
+        ]
         attrs = {k: v for k, v in attrs.items() if v != node.op.attrs[k]}
     callee = node.op.name if isinstance(node.op, OpDef) else graphs[node.op]
-    return f"{', '.join(names[v] for v in node.outputs)} = {callee}({', '.join([*operands, *(f'{k}={v!r}' for k, v in attrs.items())])})"
+    arguments = [*operands, *(f"{k}={v!r}" for k, v in attrs.items())]
+    return f"{', '.join(names[v] for v in node.outputs)} = {callee}({', '.join(arguments)})"
 
 
 def _comment(node: Node) -> str:

@@ -205,7 +205,12 @@ class Replay:
     """Replays a graph into a new builder; `run` is given what to emit in place of each node."""
 
     def __init__(
-        self, graph: Graph, *, types: Sequence[TensorType] | None = None, params: Sequence[TensorType] | None = None, name: str = ""
+        self,
+        graph: Graph,
+        *,
+        types: Sequence[TensorType] | None = None,
+        params: Sequence[TensorType] | None = None,
+        name: str = "",
     ) -> None:
         self.graph, self.builder = graph, Builder(name or graph.name, graph.role)
         types = types if types is not None else [v.type for v in graph.inputs]

@@ -50,9 +50,13 @@ def step_bias(shape: tuple[int, ...], rng: torch.Generator, low: float, high: fl
     return step + torch.log(-torch.expm1(-step))
 
 
-RECIPES: dict[str, tuple[Fill, int]] = {
-    "normal": (normal, 1), "uniform": (uniform, 2), "constant": (constant, 1), "log_uniform": (log_uniform, 2), "step_bias": (step_bias, 3),
-}  # fmt: skip
+RECIPES: dict[str, tuple[Fill, int]] = {  # name -> how it fills, how many numbers it takes
+    "normal": (normal, 1),
+    "uniform": (uniform, 2),
+    "constant": (constant, 1),
+    "log_uniform": (log_uniform, 2),
+    "step_bias": (step_bias, 3),
+}
 ONES, ZEROS = Init("constant", (1.0,)), Init("constant", (0.0,))
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .errors import TypeMismatch
+from .errors import PlacementError, TypeMismatch
 from .graph import Graph, Node, Value, parameters
 from .types import Mesh, TensorType
 
@@ -20,7 +20,9 @@ def evaluate(graph: Graph, *tensors: torch.Tensor | None, params: Params | None 
     return outs[0] if len(outs) == 1 else outs
 
 
-def _run(graph: Graph, inputs: Sequence[Any], params: Mapping[str, Any], step: Callable[..., tuple[Any, ...]]) -> tuple[Any, ...]:
+def _run(
+    graph: Graph, inputs: Sequence[Any], params: Mapping[str, Any], step: Callable[..., tuple[Any, ...]]
+) -> tuple[Any, ...]:
     if len(inputs) != len(graph.inputs):
         raise TypeMismatch(f"{graph.name} takes {len(graph.inputs)} inputs, got {len(inputs)}")
     if missing := [v.name for v in graph.params if v.name not in params]:
@@ -66,7 +68,9 @@ def simulate(graph: Graph, mesh: Mesh, *tensors: torch.Tensor, params: Params | 
             return _run(node.op, args, _inner_params(node, inner), step)
         if node.op.rank_rule:
             return (_collective(node, args[0], mesh),)
-        per_rank = [node.op.reference(*[a[r] if a is not None else None for a in args], **node.attrs) for r in range(len(ranks))]
+        per_rank = [
+            node.op.reference(*[a[r] if a is not None else None for a in args], **node.attrs) for r in range(len(ranks))
+        ]
         return tuple([o[i] if isinstance(o, tuple) else o for o in per_rank] for i in range(len(node.outputs)))
 
     outs = tuple(gather(x, v.type, mesh) for x, v in zip(_run(graph, inputs, given, step), graph.outputs, strict=True))
@@ -127,6 +131,10 @@ def _merge(parts: list[Placed], axis: str, dim: int | None, partial: bool) -> li
     def join(group: list[torch.Tensor]) -> torch.Tensor:
         if dim is not None:
             return torch.cat(group, dim)
-        return torch.stack(group).sum(0) if partial else group[0]
+        if partial:
+            return torch.stack(group).sum(0)
+        if not all(torch.allclose(group[0].double(), x.double(), rtol=1e-4, atol=1e-6, equal_nan=True) for x in group[1:]):
+            raise PlacementError(f"ranks along {axis} hold different values of what should be one; a collective is missing")
+        return group[0]
 
     return [(dict(rest), join(group)) for rest, group in groups.items()]

@@ -48,7 +48,9 @@ class OpDef:
     commutes: bool = False
     row: bool = False  # each row of the last dims is computed from that row alone
     linear: tuple[frozenset[str], ...] = ()  # sets of operands in which the op is jointly linear
-    same: Mapping[str, tuple[str, str]] = field(default_factory=dict[str, "tuple[str, str]"])  # n -> (b, cu): n is b unless cu is there
+    same: Mapping[str, tuple[str, str]] = field(
+        default_factory=dict[str, "tuple[str, str]"]
+    )  # n -> (b, cu): n is b unless cu is there
     type_rule: Callable[..., Any] | None = None  # only where the signature cannot say it
     rank_rule: Callable[..., list[Any]] | None = None  # collectives: what moves between ranks
     sample_rule: Callable[..., list[Any]] | None = None  # operands that random numbers cannot stand for
@@ -127,7 +129,11 @@ class OpDef:
                 elif role == "scan" and dim.order:
                     found.append(Conflict(use.operand, use.position, letter, dim, "role scan needs the natural order"))
                 elif (dim.axes, dim.order) != (first.dim.axes, first.dim.order):
-                    found.append(Conflict(use.operand, use.position, letter, dim, f"{self.inputs[first.operand].name} has it as {first.dim}"))
+                    found.append(
+                        Conflict(
+                            use.operand, use.position, letter, dim, f"{self.inputs[first.operand].name} has it as {first.dim}"
+                        )
+                    )
         return found
 
     def role(self, letter: str) -> str:
@@ -153,10 +159,11 @@ class OpDef:
 
     def result_types(self, bound: Binding, types: Types, partial: frozenset[str]) -> tuple[TensorType, ...]:
         """What the signature says of the results, placements carried over letter by letter."""
-        first = next(t for t in types if t is not None)
+        dtypes = {o.name: t.dtype for o, t in zip(self.inputs, types, strict=True) if t is not None}
         outputs = [alias(o, self._same(types)) for o in self.outputs]
         return tuple(
-            TensorType(_dtype(out, first), tuple(self._dim(a, bound) for a in spread(out.axes, bound.rest)), partial) for out in outputs
+            TensorType(_dtype(out, dtypes), tuple(self._dim(a, bound) for a in spread(out.axes, bound.rest)), partial)
+            for out in outputs
         )
 
     def _dim(self, axis: Axis, bound: Binding) -> Dim:
@@ -190,8 +197,12 @@ class OpDef:
                 return
         culprit = next((n for n, i in present.items() if axis in summed[i]), None)
         if culprit:
-            raise PlacementError(f"{self.name}: {culprit} is partial over {axis}, in which the op is not linear; all_reduce it first")
-        raise PlacementError(f"{self.name}: a summed dim is split over {axis}, but another operand would be added once per rank")
+            raise PlacementError(
+                f"{self.name}: {culprit} is partial over {axis}, in which the op is not linear; all_reduce it first"
+            )
+        raise PlacementError(
+            f"{self.name}: a summed dim is split over {axis}, but another operand would be added once per rank"
+        )
 
     # -- cost -----------------------------------------------------------------------------
 
@@ -205,7 +216,14 @@ class OpDef:
 
 
 def op(
-    signature: str, *, flops: str = "0", commutes: bool = False, row: bool = False, linear: str = "", same: str = "", **roles: str
+    signature: str,
+    *,
+    flops: str = "0",
+    commutes: bool = False,
+    row: bool = False,
+    linear: str = "",
+    same: str = "",
+    **roles: str,
 ) -> Callable[[Callable[..., Any]], OpDef]:
     """Define an op: `@op("x[... d], w[d] -> y[... d]", map="...", whole="d", linear="x, w")`."""
     inputs, outputs = parse_signature(signature)
@@ -213,7 +231,9 @@ def op(
     if roles:
         raise ValueError(f"unknown roles {sorted(roles)}; a role is one of {ROLES}")
     groups = tuple(frozenset(g.split()) for g in linear.split(",") if g.strip())
-    equal = {n: (b, unless) for n, b, unless in (rule.split() for rule in same.split(",") if rule)}  # "n b cu": n is b unless cu
+    equal = {
+        n: (b, unless) for n, b, unless in (rule.split() for rule in same.split(",") if rule)
+    }  # "n b cu": n is b unless cu
 
     def define(fn: Callable[..., Any]) -> OpDef:
         letters = {x for o in inputs for a in o.axes for x in a.letters if not x.isdigit()}
@@ -234,8 +254,9 @@ def accumulator(dtype: str) -> str:
     return "f64" if dtype == "f64" else "f32"
 
 
-def _dtype(out: Operand, first: TensorType) -> str:
-    return accumulator(first.dtype) if out.dtype == "acc" else out.dtype or first.dtype
+def _dtype(out: Operand, operands: Mapping[str, str]) -> str:
+    first = next(iter(operands.values()))
+    return accumulator(first) if out.dtype == "acc" else operands.get(out.dtype, out.dtype) or first
 
 
 def unwrap(values: tuple[Value, ...]) -> Value | tuple[Value, ...]:

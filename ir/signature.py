@@ -31,7 +31,7 @@ class Axis:
 class Operand:
     name: str
     axes: tuple[Axis, ...]
-    dtype: str = ""  # empty: as the first operand; `acc`: at least f32
+    dtype: str = ""  # empty: as the first operand; `acc`: at least f32; an operand's name: as that one
     optional: bool = False
 
     def __str__(self) -> str:

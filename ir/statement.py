@@ -55,7 +55,7 @@ class Source:
         if node is not None:
             column = len(shown.encode()[:column].decode(errors="ignore"))  # ast counts bytes
         start = max(0, column - 90)
-        caret = f"\n  {shown[start:start + 110]}\n  {' ' * (column - start)}^" if shown else ""
+        caret = f"\n  {shown[start : start + 110]}\n  {' ' * (column - start)}^" if shown else ""
         raise ParseError(f"{self.file or 'text'}, line {line}: {why}{caret}")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-from typing import Any
 
 import torch
 from torch import fx
@@ -29,7 +28,7 @@ def lower(graph: Graph, *, target: str = "cpu") -> Program:
 
 
 class _Emitter:
-    """Writes one graph as one fx module. Its source holds names of our making alone: a graph's own names may come from a file."""
+    """Writes one graph as one fx module. Names in its source are of our making: a graph's own may come from a file."""
 
     def __init__(
         self, graph: Graph, target: str, choices: list[Choice], layers: dict[str, fx.GraphModule] | None = None,

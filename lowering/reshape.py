@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from ..ir import Node, TensorType, ops
-from ..ir.signature import bind, spread, Operand
+from ..ir.signature import Operand, bind, spread
 
-Step = tuple[str, tuple[object, ...]]
+Step = tuple[str, tuple[int | tuple[int, ...], ...]]
 
 
 def view_steps(node: Node) -> list[Step]:

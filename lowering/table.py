@@ -22,16 +22,17 @@ class Form:
 
 _CHUNKED = "chunked and matmul-rich, opaque to Dynamo"
 _CPU: dict[str, Form] = {
+    "linear": Form(forms.linear, "half precision through float32 where the processor has no instructions for it"),
     "gated_delta_rule": Form(forms.gated_delta_rule, _CHUNKED),
     "delta_rule": Form(forms.delta_rule, _CHUNKED),
     "kimi_delta_attention": Form(forms.kimi_delta_attention, _CHUNKED),
     "ssd": Form(forms.ssd, _CHUNKED),
     "gated_linear_attention": Form(forms.gated_linear_attention, _CHUNKED),
     "retention": Form(forms.retention, _CHUNKED),
-    "causal_conv1d": Form(forms.causal_conv1d, "k shifted multiply-adds, channels last"),
+    "causal_conv1d": Form(forms.causal_conv1d, "blocked multiply-adds, channels last, with a backward of its own"),
     "attention": Form(forms.attention, "SDPA, masks in blocks of queries"),
     "cache_write": Form(forms.cache_write, "in place: the cache that is read is dead"),
-    "route": Form(forms.route, "top-k without a full sort"),
+    "route": Form(forms.route, "top-k on integer keys that are unique, so that ties have one answer"),
     "dispatch": Form(forms.dispatch, "one stable sort"),
     "grouped_linear": Form(forms.grouped_linear, "a GEMM per expert that has rows"),
     "combine": Form(forms.combine, "a gather and a sum, no atomics"),

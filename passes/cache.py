@@ -135,7 +135,8 @@ class _Caching:
         name = base = f"{prefix}_{role}" if prefix else role
         n = 1
         while name in self.taken:
-            n, name = n + 1, f"{base}_{n}"
+            n += 1
+            name = f"{base}_{n}"
         self.taken.add(name)
         return self.builder.input(name, type_)
 

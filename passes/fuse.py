@@ -11,7 +11,7 @@ from .match import Match
 from .outline import Region, compatible, convex, outline_all, region
 from .registry import Outcome, register
 from .remarks import Remark, check_required
-from .structure import bytes_saved, moves, row_wise
+from .structure import bytes_saved, is_view, row_wise
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,8 @@ def _text_region(graph: Graph, fusion: TextFusion, found: Match, taken: set[Node
         _absorb_behind(graph, nodes, root, taken)
     if not convex(graph, nodes):
         return Miss(root.loc, "not convex: a value leaves it and comes back")
-    return region(graph, nodes, fusion.name.replace("-", "_"))
+    made = region(graph, nodes, fusion.name.replace("-", "_"))
+    return made if made.results(graph) else Miss(root.loc, "nothing reads its result; run dce first")
 
 
 def _obstacle(graph: Graph, fusion: TextFusion, found: Match, taken: set[Node]) -> str:
@@ -141,7 +142,7 @@ def _flow_regions(graph: Graph, fusion: FlowFusion) -> Iterator[Region | Miss]:
         if not root.is_op(*fusion.into):
             continue
         nodes, why = _flow(graph, fusion, root, taken)
-        if nodes and all(moves(n) for n in nodes):
+        if nodes and all(is_view(n) for n in nodes):
             why = why or "nothing to compute: its split and reshapes stay views"
         elif not convex(graph, nodes):
             why = "not convex: a value leaves it and comes back"

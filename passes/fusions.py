@@ -49,11 +49,11 @@ def _gates_a_mixer(graph: Graph, found: Match) -> str:
     return "" if made else "what is gated is not the result of attention or a recurrence"
 
 
-def _from_linears(graph: Graph, found: Match) -> str:
-    """Gate and value each come from a projection of their own."""
+def _has_two_branches(graph: Graph, found: Match) -> str:
+    """Gate and value are parts of one projection, or each has its own."""
     makers = [graph.makers.get(found.values[n]) for n in ("g", "u")]
-    made = all(m is not None and m.is_op("linear", "grouped_linear") for m in makers)
-    return "" if made else "gate and value do not come from one split or from projections"
+    made = all(m is not None and m.is_op("split", "linear", "grouped_linear") for m in makers)
+    return "" if made else "gate and value do not come from a split or from projections"
 
 
 NORM_GATE = TextFusion(
@@ -99,10 +99,13 @@ GLU = TextFusion(
         s = activation(g)
         y = mul(s, u)
         """,
+        """
+        s = activation(g)
+        y = mul(s, u)
+        """,
     ),
+    when=_has_two_branches,
 )
-
-GLU_OF_TWO = TextFusion("glu", ("s = activation(g)\ny = mul(s, u)",), when=_from_linears)
 
 QKV_PREP = FlowFusion(
     "qkv-prep",
@@ -132,7 +135,7 @@ GATES = FlowFusion(
 )  # fmt: skip
 
 # Order decides who gets a node that two could have: a mixer's end before the plain gate, the gate before the plain norm.
-FUSIONS: tuple[Fusion, ...] = (NORM_GATE, OUTPUT_GATE, SKIP, GLU, GLU_OF_TWO, PREAMBLE, GATES, QKV_PREP, RESIDUAL_NORM)
+FUSIONS: tuple[Fusion, ...] = (NORM_GATE, OUTPUT_GATE, SKIP, GLU, PREAMBLE, GATES, QKV_PREP, RESIDUAL_NORM)
 NAMES = tuple(dict.fromkeys(f.name for f in FUSIONS))
 TEXTS = tuple(text for f in FUSIONS if isinstance(f, TextFusion) for text in f.texts)
 PATTERNS: dict[str, Pattern] = {text: Pattern.of(text, loose=True) for text in TEXTS}

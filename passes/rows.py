@@ -8,7 +8,7 @@ from ..ir import Graph, Node
 from .outline import Region, compatible, convex, outline_all, region
 from .registry import Outcome, register
 from .remarks import Remark
-from .structure import bytes_saved, moves, row_wise
+from .structure import bytes_saved, is_view, row_wise
 
 
 @register(numerics="exact")
@@ -16,7 +16,7 @@ def outline_rows(graph: Graph, *, min_ops: int = 2, max_ops: int = 40) -> Outcom
     """Maximal convex regions of ops that work row by row become one kernel each."""
     if graph.role == "kernel":
         return graph, ()
-    found = [r for r in _regions(graph, max_ops) if sum(not moves(n) for n in r.nodes) >= min_ops]
+    found = [r for r in _regions(graph, max_ops) if sum(not is_view(n) for n in r.nodes) >= min_ops and r.results(graph)]
     kept = compatible(graph, found)
     if not kept:
         return graph, ()
@@ -61,9 +61,9 @@ def _clusters(graph: Graph, place: Mapping[Node, int], max_ops: int) -> list[fro
 
 
 def _trimmed(graph: Graph, nodes: Iterable[Node]) -> set[Node]:
-    """Without the moves at its edges that serve outside: there they are views, inside they would be copies."""
+    """Without the views at its edges that serve outside: there they are views, inside they would be copies."""
     kept = set(nodes)
-    while drop := {n for n in kept if moves(n) and _at_edge(graph, n, kept)}:
+    while drop := {n for n in kept if is_view(n) and _at_edge(graph, n, kept)}:
         kept -= drop
     return kept
 

@@ -1,4 +1,4 @@
-"""Nodes as passes see them: which only move numbers, which work on one token's row, what a region saves, a copy."""
+"""Nodes as passes see them: which are views, which work on one token's row, what a region saves, a copy."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from collections.abc import Iterable
 
 from ..ir import Builder, Node, OpDef, Value, ops
 
-MOVES = ("split", "concat", "reshape")
+VIEWS = ("split", "reshape")
 Sides = tuple[tuple[tuple[str, ...], ...], tuple[tuple[str, ...], ...]]
 
 
-def moves(node: Node) -> bool:
-    """Whether it only moves numbers, so that it can stay a view."""
-    return node.is_op(*MOVES)
+def is_view(node: Node) -> bool:
+    """Whether its results can be views of its operand, which cost nothing outside a kernel and a copy inside."""
+    return node.is_op(*VIEWS)
 
 
 def row_wise(node: Node) -> bool:
@@ -63,7 +63,7 @@ def copy_node(b: Builder, node: Node, env: dict[Value, Value]) -> None:
 
 def bytes_saved(nodes: Iterable[Node], operands: Iterable[Value], results: Iterable[Value]) -> int:
     """Bytes a token that need not cross memory when the nodes run as one: each op's own traffic less the region's."""
-    own = sum(_bytes(v) for n in nodes if not moves(n) for v in (*n.operands, *n.outputs))
+    own = sum(_bytes(v) for n in nodes if not is_view(n) for v in (*n.operands, *n.outputs))
     return max(0, own - sum(_bytes(v) for v in (*operands, *results)))
 
 

@@ -61,7 +61,8 @@ def misfits(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[i
     """Every way in which names and shapes differ from the expected ones, one line a kind."""
     missing = [k for k in expected if k not in found]
     extra = [k for k in found if k not in expected]
-    wrong = [f"{k} is {list(found[k])}, must be {list(expected[k])}" for k in expected if k in found and found[k] != expected[k]]
+    apart = [k for k in expected if k in found and found[k] != expected[k]]
+    wrong = [f"{k} is {list(found[k])}, must be {list(expected[k])}" for k in apart]
     kinds = (("missing", missing), ("not in the model", extra), ("of another shape", wrong))
     return [f"{len(names)} {kind}: {_some(names)}" for kind, names in kinds if names]
 

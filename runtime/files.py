@@ -38,4 +38,8 @@ def _sync(path: Path) -> None:
 
 def write_text(path: Path | str, text: str) -> None:
     """A text file, whole or not at all."""
-    write_atomic(path, lambda beside: beside.write_text(text, encoding="utf-8") and None)
+
+    def write(beside: Path) -> None:
+        beside.write_text(text, encoding="utf-8")
+
+    write_atomic(path, write)

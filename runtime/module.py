@@ -62,7 +62,9 @@ class CompiledModel(torch.nn.Module):
         tokens = self._tokens(tokens)
         return self._run(*self._call("logits", tokens, None, cu, seed))[0]
 
-    def loss(self, tokens: Tensor, labels: Tensor | None = None, cu: Tensor | None = None, seed: Tensor | None = None) -> Tensor:
+    def loss(
+        self, tokens: Tensor, labels: Tensor | None = None, cu: Tensor | None = None, seed: Tensor | None = None
+    ) -> Tensor:
         """Mean cross entropy, plus the spec's balance losses.
 
         labels[b, t] is the token wanted after position t, -100 where none is; without labels the tokens themselves,
@@ -71,7 +73,9 @@ class CompiledModel(torch.nn.Module):
         tokens = self._tokens(tokens)
         return self._run(*self._call("loss", tokens, shifted(tokens, cu) if labels is None else labels, cu, seed))[0]
 
-    def _call(self, task: str, tokens: Tensor, labels: Tensor | None, cu: Tensor | None, seed: Tensor | None) -> tuple[Any, ...]:
+    def _call(
+        self, task: str, tokens: Tensor, labels: Tensor | None, cu: Tensor | None, seed: Tensor | None
+    ) -> tuple[Any, ...]:
         """The variant that these arguments ask for, and its inputs in order."""
         given = [tokens, *([labels] if labels is not None else [])]
         if cu is not None:
@@ -96,14 +100,22 @@ class CompiledModel(torch.nn.Module):
         cu = cu.long()
         rises = cu.dim() == 1 and cu.numel() > 1 and bool((cu.diff() >= 0).all())
         if tokens.shape[0] != 1 or not rises or int(cu[0]) != 0 or int(cu[-1]) != tokens.shape[1]:
-            raise DataError(f"cu is {cu.tolist()} for tokens {list(tokens.shape)}; it must rise from 0 to the length, with a batch of one")
+            must = "it must rise from 0 to the length, with a batch of one"
+            raise DataError(f"cu is {cu.tolist()} for tokens {list(tokens.shape)}; {must}")
         return cu
 
     # -- generation -----------------------------------------------------------------------
 
     @torch.no_grad()
     def generate(
-        self, tokens: Tensor, max_new_tokens: int, *, temperature: float = 0.0, top_k: int = 0, seed: int = 0, stop: int | None = None
+        self,
+        tokens: Tensor,
+        max_new_tokens: int,
+        *,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        seed: int = 0,
+        stop: int | None = None,
     ) -> Tensor:
         """tokens [b, s] continued by up to `max_new_tokens`; greedy at temperature 0. Stops early once every row met `stop`."""
         tokens = self._tokens(tokens)
@@ -114,7 +126,14 @@ class CompiledModel(torch.nn.Module):
 
     @torch.no_grad()
     def stream(
-        self, tokens: Tensor, max_new_tokens: int, *, temperature: float = 0.0, top_k: int = 0, seed: int = 0, stop: int | None = None
+        self,
+        tokens: Tensor,
+        max_new_tokens: int,
+        *,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        seed: int = 0,
+        stop: int | None = None,
     ) -> Iterator[Tensor]:
         """The new tokens [b], one position at a time. Prompt and steps run one cached program."""
         tokens, rng = self._tokens(tokens), torch.Generator().manual_seed(seed)
@@ -139,14 +158,17 @@ class CompiledModel(torch.nn.Module):
         env = {"b": batch, "m": length}
         wide = first.dtype if first.dtype == torch.float64 else torch.float32
         inputs = self.runner(Variant("cached")).program.graph.inputs[2:]
-        dtypes = {v: first.dtype if v.type.dtype == self.graph.params[0].type.dtype else wide for v in inputs}
-        return [torch.zeros([bound_size(d.size, env) for d in v.type.dims], dtype=dtypes[v], device=first.device) for v in inputs]
+        made = list[Tensor]()
+        for v in inputs:
+            dtype = first.dtype if v.type.dtype == self.graph.params[0].type.dtype else wide
+            made.append(torch.zeros([bound_size(d.size, env) for d in v.type.dims], dtype=dtype, device=first.device))
+        return made
 
     # -- weights --------------------------------------------------------------------------
 
     def save(self, path: Path | str) -> None:
         """Write the weights, with the text of the spec, as one safetensors file."""
-        save_tensors(path, {k: v for k, v in self.named_parameters()}, {"format": "plait", "spec": self.description})
+        save_tensors(path, dict(self.named_parameters()), {"format": "plait", "spec": self.description})
 
     def load_from(self, other: torch.nn.Module) -> CompiledModel:
         """Take another model's weights; both must have the same parameters."""
@@ -176,7 +198,7 @@ def _place(root: torch.nn.Module, name: str, parameter: torch.nn.Parameter) -> N
     """Register a parameter under its dotted name."""
     *path, last = name.split(".")
     for part in path:
-        if part not in root._modules:
+        if not hasattr(root, part):
             root.add_module(part, torch.nn.Module())
         root = root.get_submodule(part)
     root.register_parameter(last, parameter)

@@ -57,9 +57,16 @@ class Facts:
     text: str  # digest of the training and validation bytes
 
 
-def has_run(run: Path) -> bool:
-    """Whether a folder holds a run that can be continued."""
-    return (run / "latest").exists()
+def fresh_run(run: Path) -> None:
+    """Make the folder of a new run; one that holds a run already is refused."""
+    if run.exists() and not run.is_dir():
+        raise CheckpointError(f"{run}: is no folder; give a folder for the checkpoints")
+    if (run / "latest").exists():
+        raise CheckpointError(f"{run}: already holds a run; resume it, or give another folder")
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"{run}: cannot be made: {error.strerror or error}") from None
 
 
 def save_run(run: Path, model: Tensors, optimizer: Tensors, moment: Moment, facts: Facts, options: Mapping[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -29,29 +29,28 @@ class CompiledLayer(torch.nn.Module):
         if torch.compiler.is_compiling():  # an outer compile or export sees the plain module
             return self.module(*args)
         key = self._key(args)
-        if key in self.seen:
+        if key not in self.seen:
+            self.seen.add(key)
+            return self._first(args)
+        return self.compiled(*args)
+
+    def _first(self, args: Sequence[torch.Tensor]) -> Any:
+        """Compile a variant: its sizes stay symbols, and a batch and a length that happen to be equal are kept apart."""
+        import torch._dynamo as dynamo  # slow to import, and its switches have no public name
+        import torch.fx.experimental._config as shapes
+
+        for i, dims in enumerate(self.symbolic):
+            for d in dims:
+                if args[i].shape[d] > 1:
+                    dynamo.maybe_mark_dynamic(args[i], d)
+        with dynamo.config.patch(recompile_limit=VARIANTS), cast("Any", shapes).patch(use_duck_shape=False):
             return self.compiled(*args)
-        self._mark(args)
-        with torch._dynamo.config.patch(recompile_limit=VARIANTS), _no_duck_shapes():
-            result = self.compiled(*args)
-        self.seen.add(key)
-        return result
 
     def _key(self, args: Sequence[torch.Tensor]) -> tuple[Any, ...]:
         """What a compiled variant is for: which symbolic sizes are one, dtypes, and whether gradients are wanted."""
         ones = tuple(args[i].shape[d] == 1 for i, dims in enumerate(self.symbolic) for d in dims)
-        return (ones, args[0].dtype, args[0].requires_grad, args[-1].dtype, torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"))
-
-    def _mark(self, args: Sequence[torch.Tensor]) -> None:
-        for i, dims in enumerate(self.symbolic):
-            for d in dims:
-                if args[i].shape[d] > 1:
-                    torch._dynamo.maybe_mark_dynamic(args[i], d)
-
-
-def _no_duck_shapes() -> Any:
-    """Keep a batch and a length that happen to be equal apart."""
-    return torch.fx.experimental._config.patch(use_duck_shape=False)
+        grad = torch.is_grad_enabled() and any(a.requires_grad for a in args)
+        return (ones, args[0].dtype, args[-1].dtype, grad, torch.is_autocast_enabled("cpu"))
 
 
 class Runner:

@@ -19,7 +19,7 @@ import torch
 from ..ir import CheckpointError, DataError
 from .data import Text, batch, check_length, windows
 from .module import CompiledModel
-from .rundir import Facts, Moment, Point, has_run, load_run, save_run
+from .rundir import Facts, Moment, Point, fresh_run, load_run, save_run
 
 Tensor = torch.Tensor
 
@@ -229,8 +229,8 @@ def _optimizer(model: CompiledModel, options: Options) -> tuple[torch.optim.Opti
 def _begin(model: CompiledModel, state: Mapping[str, Tensor], facts: Facts, run: Path | None, resume: bool) -> Moment:
     if run is not None and resume:
         return load_run(run, facts, dict(model.named_parameters()), state)
-    if run is not None and has_run(run):
-        raise CheckpointError(f"{run}: already holds a run; resume it, or give another folder")
+    if run is not None:
+        fresh_run(run)
     return Moment()
 
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-
 from plait.ir import ops
 from plait.ir.op import OPS
 from plait.lowering import form_of
@@ -39,7 +38,8 @@ def delta_rule(
 
 def ssd(
     x: Tensor, dt: Tensor, A: Tensor, Bm: Tensor, Cm: Tensor, Dskip: Tensor | None = None, dt_bias: Tensor | None = None,
-    dt_softplus: bool = True, dt_limit: Any = None, h0: Tensor | None = None, cu: list[int] | None = None, z: Tensor | None = None,
+    dt_softplus: bool = True, dt_limit: Any = None, h0: Tensor | None = None, cu: list[int] | None = None,
+    z: Tensor | None = None,
 ) -> Any:  # fmt: skip
     step = dt if dt_bias is None else dt + dt_bias
     step = F.softplus(step) if dt_softplus else step

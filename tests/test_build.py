@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-
 from plait.frontends import PRESETS, ModelSpec, build, load_spec, parameter_count, shrink
 from plait.ir import evaluate, parameters, parse
 from plait.ir.sizes import value
@@ -24,7 +23,9 @@ def test_parameters_are_those_of_the_count(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("options", [{}, {"task": "loss"}, {"packed": True}, {"task": "loss", "packed": True, "training": True}])
+@pytest.mark.parametrize(
+    "options", [{}, {"task": "loss"}, {"packed": True}, {"task": "loss", "packed": True, "training": True}]
+)
 def test_programs_print_and_parse_back(name: str, options: dict[str, object]) -> None:
     graph = build(load_spec(name), **options)  # type: ignore[arg-type] # a table of options
     assert parse(str(graph)) == graph

@@ -262,7 +262,7 @@ def test_mixed_types_under_autocast() -> None:
 
 def test_operands_that_do_not_fit_are_named() -> None:
     q, k, v, decay, beta, state = operands("gated_delta_rule", 8)
-    with pytest.raises(TypeMismatch, match=r"value heads must be a multiple"):
+    with pytest.raises(TypeMismatch, match="v has 3 heads, k has 2; value heads must be a multiple"):
         recurrence.gated_delta_rule(q, k, v[:, :, :3], decay, beta)
     with pytest.raises(TypeMismatch, match=r"decay is \[2 7 4\]; it must be \[2 8 4\] or \[2 8 4 7\]"):
         recurrence.gated_delta_rule(q, k, v, decay[:, :7], beta)

@@ -130,10 +130,11 @@ def runs_alike(op: OpDef, xs: Operands, types: list[TensorType | None], attrs: d
 
 
 @EVERY_OP
-@pytest.mark.parametrize("dtype", ["f64", "f32", "bf16"])
-def test_inferred_types_are_those_of_the_results(op: OpDef, dtype: str) -> None:
+@pytest.mark.parametrize(("first", "others"), [("f64", "f64"), ("f32", "f32"), ("bf16", "bf16"), ("bf16", "f32"), ("f32", "bf16")])
+def test_inferred_types_are_those_of_the_results(op: OpDef, first: str, others: str) -> None:
     for xs, attrs in cases(op):
-        xs = [x.to(DTYPES[dtype]) if x is not None and x.is_floating_point() else x for x in xs]
+        dtypes = [DTYPES[others if i else first] for i in range(len(xs))]
+        xs = [x.to(d) if x is not None and x.is_floating_point() else x for x, d in zip(xs, dtypes, strict=True)]
         inferred = [(v.type.dtype, v.type.shape) for v in graph_of(op, types_of(xs), attrs).outputs]
         assert inferred == [(t.dtype, t.shape) for t in types_of(list(run(op, xs, attrs))) if t]
 

@@ -4,9 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from plait.ir import Graph, PassError, evaluate, parse
-from plait.passes import Region, check_types, convex, inline, inline_kernels, outline, outline_all, outline_rows, region, validate
+from plait.passes import (
+    Region,
+    check_types,
+    convex,
+    inline,
+    inline_kernels,
+    outline,
+    outline_all,
+    outline_rows,
+    region,
+    validate,
+)
 
 DIAMOND = parse("""
 def f(x: f32[b, 5], *, w: f32[5] = normal(0.02)):
@@ -53,7 +63,7 @@ def part(x: f32[b, 5], w: f32[5]):
 
 
 def test_results_are_what_is_read_outside_or_returned():
-    a, c, d, y = DIAMOND.nodes
+    a, c, _, y = DIAMOND.nodes
     made = region(DIAMOND, [c, y], "part")
     assert [v.name for v in made.operands] == ["a", "w", "d"] and [v.name for v in made.results(DIAMOND)] == ["c", "y"]
     assert region(DIAMOND, [y, c, a], "part").nodes == (a, c, y)
@@ -99,17 +109,13 @@ def f(x: f32[b, 5]):
 
 
 def test_collectives_keep_their_order():
-    a, g, c, h, d, e, y = COLLECTIVE.nodes
-    after = outline(COLLECTIVE, [c, d], "part")
+    after = outline(COLLECTIVE, COLLECTIVE.nodes[2:5:2], "part")
     check_types(after)
     assert node_names(after) == ["silu", "all_gather", "part", "all_gather", "all_gather", "add"]
     assert [n.outputs[0].name for n in after.nodes if n.is_op("all_gather")] == ["g", "h", "e"]
 
 
 def test_a_set_around_a_chain_of_collectives_is_not_convex():
-    a, g, c, h, d, e, y = COLLECTIVE.nodes
-    both = parse(str(COLLECTIVE).replace("d = silu(c)", "d = silu(c)").replace("return y, y1", "return y, y1"))
-    assert both == COLLECTIVE
     later = parse("""
 def f(x: f32[b@cp, 5], z: f32[b@cp, 5]):
     a = silu(x)
@@ -137,7 +143,7 @@ def test_sets_are_disjoint_nonempty_and_of_this_graph():
     with pytest.raises(PassError, match="only nodes of f"):
         outline_all(DIAMOND, [Region("part", COLLECTIVE.nodes[:1])])
     twice = region(DIAMOND, DIAMOND.nodes[:1], "part")
-    with pytest.raises(PassError, match="silu at m.one is in two sets"):
+    with pytest.raises(PassError, match=r"silu at m\.one is in two sets"):
         outline_all(DIAMOND, [twice, twice])
 
 
@@ -192,7 +198,7 @@ def test_rows_take_maximal_regions_and_leave_views_outside():
 
 
 def test_rows_are_bounded():
-    assert outline_rows(ROWS, min_ops=3) == (ROWS, ())
+    assert outline_rows(ROWS, min_ops=5) == (ROWS, ()) and len(outline_rows(ROWS, min_ops=3)[0].callees) == 1
     after, _ = outline_rows(ROWS, max_ops=2)
     assert all(len(k.nodes) <= 2 for k in after.callees) and after.callees
     assert validate(ROWS, after, "exact").ok
@@ -218,6 +224,11 @@ def test_scalars_are_no_rows():
     assert outline_rows(graph) == (graph, ())
 
 
+CHOICES = (
+    "silu({0})", "mul({0}, {1})", "add({0}, {1})", "linear({0}, w)", "rms_norm({0})", "scale({0}, by=0.5)", "sigmoid({1})",
+)  # fmt: skip
+
+
 @pytest.mark.parametrize("seed", range(25))
 def test_rows_of_random_graphs_stay_what_they_were(seed: int):
     rng = torch.Generator().manual_seed(seed)
@@ -227,9 +238,17 @@ def test_rows_of_random_graphs_stay_what_they_were(seed: int):
 
     lines, values = list[str](), ["x", "z"]
     for i in range(14):
-        kind, made = pick(7), f"v{i}"
+        kind, made = pick(len(CHOICES)), f"v{i}"
         one, two = values[pick(len(values))], values[max(0, len(values) - 1 - pick(4))]
-        text = ["silu({0})", "mul({0}, {1})", "add({0}, {1})", "linear({0}, w)", "rms_norm({0})", "scale({0}, by=0.5)", "sigmoid({1})"]
+        text = [
+            "silu({0})",
+            "mul({0}, {1})",
+            "add({0}, {1})",
+            "linear({0}, w)",
+            "rms_norm({0})",
+            "scale({0}, by=0.5)",
+            "sigmoid({1})",
+        ]
         lines.append(f"    {made} = {text[kind].format(one, two)}")
         values.append(made)
     head = "def f(x: f64[b, 5], z: f64[b, 5], *, w: f64[5, 5] = normal(0.3)):\n"
@@ -237,8 +256,6 @@ def test_rows_of_random_graphs_stay_what_they_were(seed: int):
     after, _ = outline_rows(graph, max_ops=5)
     check_types(after)
     assert validate(graph, after, "exact").ok and inline(after).symbols == graph.symbols
-    x, z, w = (torch.randn(3, 5, generator=rng, dtype=torch.float64) for _ in range(2)), None, None
-    x, z = x
-    w = torch.randn(5, 5, generator=rng, dtype=torch.float64)
+    x, z, w = (torch.randn(n, 5, generator=rng, dtype=torch.float64) for n in (63, 63, 5))
     for was, now in zip(evaluate(graph, x, z, params={"w": w}), evaluate(inline(after), x, z, params={"w": w}), strict=True):
         assert torch.equal(was, now)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-
 from plait.ir import Graph, ParseError, PassError, Replay, parse, tensor_type
 from plait.passes import NUMERICS, PASSES, Event, PassFailed, Pipeline, Remark, read_reproducer, register
 from plait.passes.pipeline import read_value
@@ -80,7 +79,13 @@ def test_a_mistake_in_pipeline_text_is_pointed_at(text: str, kind: type[Exceptio
 
 @pytest.mark.parametrize(
     ("kind", "text", "value"),
-    [("int", "-3", -3), ("float", "1e-3", 1e-3), ("bool", "false", False), ("str", "a b", "a b"), ("tuple[str, ...]", "a+b", ("a", "b"))],
+    [
+        ("int", "-3", -3),
+        ("float", "1e-3", 1e-3),
+        ("bool", "false", False),
+        ("str", "a b", "a b"),
+        ("tuple[str, ...]", "a+b", ("a", "b")),
+    ],
 )
 def test_option_values_have_the_type_that_the_signature_says(kind: str, text: str, value: object):
     assert read_value(kind, text) == value
@@ -123,7 +128,7 @@ def mixer(o: f32[b, s, 5], z: f32[b, s, 5]):
     y = mul(n, g)
     return y, n
 """)
-    with pytest.raises(PassError, match="norm-gate is required.*the result of rms_norm is used elsewhere"):
+    with pytest.raises(PassError, match=r"norm-gate is required.*the result of rms_norm is used elsewhere"):
         Pipeline.parse("fuse").run(kept, require=("norm-gate",))
 
 
@@ -191,7 +196,7 @@ def test_numeric_verification_names_the_pass_and_the_worst_tensor(scratch: None)
         return OPS[name]
 
     Pipeline.parse("fuse,dce").run(GATED, verify="numeric")
-    with pytest.raises(PassFailed, match="pass swap-gate: changed what mixer computes: (result|gradient)"):
+    with pytest.raises(PassFailed, match=r"pass swap-gate: changed what mixer computes: (result|gradient)"):
         Pipeline.parse("swap-gate").run(GATED, verify="numeric")
 
 

@@ -5,11 +5,8 @@ from __future__ import annotations
 import time
 
 import pytest
-
 from plait.ir import Graph, ParseError, PassError, parse
 from plait.passes import Rule, check_types, rewrite, validate
-
-MERGE_SCALES = Rule.of("merge-bias", "a = add_bias(x, w)\ny = add_bias(a, w)", "c = scale_columns(x, w)\ny = add_bias(c, w)")
 
 
 def graph(body: str, inputs: str = "x: f32[b, 5], z: f32[b, 5], w: f32[5]") -> Graph:

@@ -39,7 +39,7 @@ Bits = dict[str, torch.Tensor]
 
 
 def small(seed: int = 0, **changes: Any) -> CompiledModel:
-    return compile(SPEC | changes, dtype="f32", jit=False, seed=seed, passes="canonicalize")
+    return compile(SPEC | changes, dtype="f32", jit=False, seed=seed)
 
 
 @pytest.fixture

@@ -261,6 +261,13 @@ def test_a_length_that_ranks_do_not_divide_is_refused() -> None:
         scatter(torch.arange(65), parse_type("i64[s@pp]"), MESH)
 
 
+def test_replicas_that_differ_are_noticed() -> None:
+    mesh, type_, x = Mesh((("cp", 2),)), parse_type("f64[3]"), torch.tensor([1.0, float("nan"), 3.0], dtype=torch.float64)
+    assert gather([x, x.clone()], type_, mesh) is x
+    with pytest.raises(PlacementError, match="ranks along cp hold different values"):
+        gather([x, x + 1], type_, mesh)
+
+
 def test_what_is_no_type_is_refused() -> None:
     with pytest.raises(ParseError, match="expected a type"):
         parse_type("f32[2]; f32[3]")

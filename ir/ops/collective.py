@@ -127,7 +127,9 @@ def _slices(x: Tensor, ranks: int, dim: int) -> Shards:
 def zigzag(length: int, parts: int) -> list[int]:
     """The token at each place: 2 x parts chunks, rank r holding chunks r and 2 parts - 1 - r."""
     if length % (2 * parts):
-        raise TypeMismatch(f"zigzag({parts}): {length} tokens do not divide into {2 * parts} chunks; pad to a multiple of {2 * parts}")
+        raise TypeMismatch(
+            f"zigzag({parts}): {length} tokens do not divide into {2 * parts} chunks; pad to a multiple of {2 * parts}"
+        )
     size = length // (2 * parts)
     chunks = [c for r in range(parts) for c in (r, 2 * parts - 1 - r)]
     return [c * size + i for c in chunks for i in range(size)]

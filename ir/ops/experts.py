@@ -19,9 +19,16 @@ Tensor = torch.Tensor
 
 @op("logits[... e], bias[e]? -> weights:acc[... k], experts:i64[... k]", map="...", whole="e", flops="6*rest*e")
 def route(
-    logits: Tensor, bias: Tensor | None = None, *, k: int, score: Literal["softmax", "sigmoid"] = "softmax",
-    renormalize: bool = True, scale: float = 1.0, groups: int = 1, group_limit: int = 1,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    logits: Tensor,
+    bias: Tensor | None = None,
+    *,
+    k: int,
+    score: Literal["softmax", "sigmoid"] = "softmax",
+    renormalize: bool = True,
+    scale: float = 1.0,
+    groups: int = 1,
+    group_limit: int = 1,
+) -> tuple[Tensor, Tensor]:
     """The k best experts of each token, lowest index first among equals, and their weights
 
     `bias` steers the choice and not the weights; with `groups`, only the `group_limit` groups whose two best scores sum

@@ -21,7 +21,9 @@ def rms_norm(x: Tensor, w: Tensor | None = None, *, eps: float = 1e-6, zero_cent
 
 
 @op("x[... d], w[d]?, bias[d]? -> y[... d]", map="...", whole="d", flops="7*rest*d", row=True)
-def layer_norm(x: Tensor, w: Tensor | None = None, bias: Tensor | None = None, *, eps: float = 1e-5, zero_centered: bool = False) -> Tensor:
+def layer_norm(
+    x: Tensor, w: Tensor | None = None, bias: Tensor | None = None, *, eps: float = 1e-5, zero_centered: bool = False
+) -> Tensor:
     """y = (x - mean(x)) / sqrt(var(x) + eps) * w + bias; zero-centered: * (1 + w)"""
     h = wide(x)
     h = h - h.mean(-1, keepdim=True)

@@ -29,7 +29,13 @@ def _(sample: Any) -> list[Any]:
 
 @op("x[b t h d], p:i64[b t] -> y[b t h d]", map="b t h", whole="d", flops="6*b*t*h*d", row=True, linear="x")
 def rope(
-    x: Tensor, p: Tensor, *, theta: float = 10000.0, fraction: float = 1.0, interleaved: bool = False, scaling: tuple[float, ...] = ()
+    x: Tensor,
+    p: Tensor,
+    *,
+    theta: float = 10000.0,
+    fraction: float = 1.0,
+    interleaved: bool = False,
+    scaling: tuple[float, ...] = (),
 ) -> Tensor:
     """Rotate the first `fraction` of each head by its position: halves (i, i + d/2) or interleaved pairs (2i, 2i + 1)"""
     width = int(x.shape[-1] * fraction)

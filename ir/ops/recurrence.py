@@ -4,7 +4,8 @@ S_t' = D_t S_{t-1} with D_t = exp(decay_t), per head or per key channel;
 delta:     S_t = S_t' + beta_t k_t (v_t - S_t'^T k_t)^T
 additive:  S_t = S_t' + beta_t k_t v_t^T
 o_t = scale * S_t^T q_t.  Value head (g r) reads key head g. `cu` are packed segment borders: the state starts anew at each.
-Sources: Gated DeltaNet (arXiv 2412.06464), Kimi Linear (2510.26692), Mamba-2 (2405.21060), GLA (2312.06635), RetNet (2307.08621).
+Sources: Gated DeltaNet (arXiv 2412.06464), Kimi Linear (2510.26692), Mamba-2 (2405.21060), GLA (2312.06635),
+RetNet (2307.08621).
 """
 
 from __future__ import annotations
@@ -41,7 +42,17 @@ def segments(batch: int, length: int, cu: Tensor | None) -> list[tuple[int, int,
     return [(0, a, b) for a, b in zip(borders, borders[1:], strict=False)]
 
 
-def recur(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor | None, state: Tensor | None, cu: Tensor | None, scale: float, update: str) -> Result:  # fmt: skip
+def recur(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor | None,
+    beta: Tensor | None,
+    state: Tensor | None,
+    cu: Tensor | None,
+    scale: float,
+    update: str,
+) -> Result:
     """Token by token, in at least float32: what every face means."""
     heads, r = v.shape[2], v.shape[2] // q.shape[2]
     q, k, x = (wide(y) for y in (q, k, v))
@@ -67,44 +78,80 @@ def _per_key(decay: Tensor) -> Tensor:
 
 
 _QKV = "q[b t g k], k[b t g k], v[b t (g r) v]"
-_STATE = "state[n (g r) k v]?, cu:i64[n+1]? -> o[b t (g r) v], final:acc[n (g r) k v]"
+_STATE = "state[n (g r) k v]?, cu:i64[n+1]? -> o:v[b t (g r) v], final:acc[n (g r) k v]"
 _ROLES: dict[str, Any] = dict(map="b g r v", scan="t", whole="k n", same="n b cu")
 _DELTA = "6*b*t*g*r*k*v"
 _ADDITIVE = "4*b*t*g*r*k*v"
 
 
 @op(f"{_QKV}, decay[b t (g r)], beta[b t (g r)], {_STATE}", **_ROLES, flops=_DELTA)
-def gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor, state: Tensor | None = None, cu: Tensor | None = None, *, scale: float = 1.0) -> Result:  # fmt: skip
+def gated_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    beta: Tensor,
+    state: Tensor | None = None,
+    cu: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+) -> Result:
     """S_t = e^decay_t S_{t-1} + beta_t k_t (v_t - e^decay_t S_{t-1}^T k_t)^T;  o_t = scale S_t^T q_t"""
     return recur(q, k, v, decay, beta, state, cu, scale, "delta")
 
 
 @op(f"{_QKV}, beta[b t (g r)], {_STATE}", **_ROLES, flops=_DELTA)
-def delta_rule(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, state: Tensor | None = None, cu: Tensor | None = None, *, scale: float = 1.0) -> Result:  # fmt: skip
+def delta_rule(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, state: Tensor | None = None, cu: Tensor | None = None, *, scale: float = 1.0
+) -> Result:
     """S_t = S_{t-1} + beta_t k_t (v_t - S_{t-1}^T k_t)^T;  o_t = scale S_t^T q_t"""
     return recur(q, k, v, None, beta, state, cu, scale, "delta")
 
 
 @op(f"{_QKV}, decay[b t (g r) k], beta[b t (g r)], {_STATE}", **_ROLES, flops=_DELTA)
-def kimi_delta_attention(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor, state: Tensor | None = None, cu: Tensor | None = None, *, scale: float = 1.0) -> Result:  # fmt: skip
+def kimi_delta_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    beta: Tensor,
+    state: Tensor | None = None,
+    cu: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+) -> Result:
     """The gated delta rule with one decay per key channel: S' = diag(e^decay_t) S"""
     return recur(q, k, v, decay, beta, state, cu, scale, "delta")
 
 
 @op(f"{_QKV}, decay[b t (g r)], beta[b t (g r)], {_STATE}", **_ROLES, flops=_ADDITIVE)
-def ssd(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor, state: Tensor | None = None, cu: Tensor | None = None, *, scale: float = 1.0) -> Result:  # fmt: skip
+def ssd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    beta: Tensor,
+    state: Tensor | None = None,
+    cu: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+) -> Result:
     """Mamba-2 with q = C, k = B, v = x, beta = dt, decay = dt A: S_t = e^decay_t S_{t-1} + dt_t B_t x_t^T;  o_t = S_t^T C_t"""
     return recur(q, k, v, decay, beta, state, cu, scale, "additive")
 
 
 @op(f"{_QKV}, decay[b t (g r) k], {_STATE}", **_ROLES, flops=_ADDITIVE)
-def gated_linear_attention(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Tensor | None = None, cu: Tensor | None = None, *, scale: float = 1.0) -> Result:  # fmt: skip
+def gated_linear_attention(
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Tensor | None = None, cu: Tensor | None = None, *, scale: float = 1.0
+) -> Result:
     """S_t = diag(e^decay_t) S_{t-1} + k_t v_t^T;  o_t = scale S_t^T q_t"""
     return recur(q, k, v, decay, None, state, cu, scale, "additive")
 
 
 @op(f"{_QKV}, slope[(g r)], {_STATE}", **_ROLES, flops=_ADDITIVE)
-def retention(q: Tensor, k: Tensor, v: Tensor, slope: Tensor, state: Tensor | None = None, cu: Tensor | None = None, *, scale: float = 1.0) -> Result:  # fmt: skip
+def retention(
+    q: Tensor, k: Tensor, v: Tensor, slope: Tensor, state: Tensor | None = None, cu: Tensor | None = None, *, scale: float = 1.0
+) -> Result:
     """S_t = e^slope S_{t-1} + k_t v_t^T, one constant slope per head;  o_t = scale S_t^T q_t"""
     return recur(q, k, v, slope.expand(*v.shape[:2], -1), None, state, cu, scale, "additive")
 
@@ -126,7 +173,15 @@ def _sampler(traits: Traits) -> Any:
         decay = {"none": [], "head": [(b, t, g * r)], "channel": [(b, t, g * r, k)], "constant": [(g * r,)]}[traits.decay]
         gates = [-rand(*shape).abs() for shape in decay] + ([torch.sigmoid(rand(b, t, g * r))] if traits.beta else [])
         key = rand(b, t, g, k)
-        return [rand(b, t, g, k), key / key.norm(dim=-1, keepdim=True), rand(b, t, g * r, v), *gates, rand(b, g * r, k, v), None, {"scale": 0.5}]
+        return [
+            rand(b, t, g, k),
+            key / key.norm(dim=-1, keepdim=True),
+            rand(b, t, g * r, v),
+            *gates,
+            rand(b, g * r, k, v),
+            None,
+            {"scale": 0.5},
+        ]
 
     return rule
 

@@ -123,7 +123,9 @@ def _(x: TensorType, *, pattern: str) -> TensorType:
     bound = bind("reshape", [Operand("x", left)], [x], known)
     for axis, dim in zip(spread(left, bound.rest), x.dims, strict=True):
         if (dim.axes or dim.order) and "=" in axis.letters[0]:
-            raise PlacementError(f"reshape {pattern!r}: {dim} is split, so each rank must find {axis.letters[0]} itself; give the inner sizes")
+            raise PlacementError(
+                f"reshape {pattern!r}: {dim} is split, so each rank must find {axis.letters[0]} itself; give the inner sizes"
+            )
         if dim.order and len(axis.letters) > 1:
             raise PlacementError(f"reshape {pattern!r}: {dim} must be in the natural order to be parted")
     return TensorType(x.dtype, tuple(_grouped(a, bound, pattern) for a in spread(right, bound.rest)), x.partial)

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .precision import own_precision
+
 # Queries of one block, and the most logits that are worked on at once.
 QUERIES = 128
 LOGITS = 1 << 20
@@ -83,6 +85,7 @@ def _fold(q: Tensor, g: int) -> Tensor:
     return q.reshape(q.shape[0], g, q.shape[2] // g, q.shape[3])
 
 
+@own_precision
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -141,6 +144,7 @@ def _block(
     return o, (top + total.log())[..., 0]
 
 
+@own_precision
 def _backward(
     do: Tensor,
     o: Tensor,

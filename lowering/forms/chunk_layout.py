@@ -1,9 +1,10 @@
-"""Where each token lives once a sequence is cut into chunks: [b t h d] <-> [chunk, lane, row, d], a lane being a (batch, head)."""
+"""Where tokens live once a sequence is cut into chunks: [b t h d] <-> [chunk, lane, row, d], a lane being a (batch, head)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -60,11 +61,11 @@ def cut(tokens: int, lanes: int, size: int) -> Chunks:
 def cut_packed(cu: Tensor, tokens: int, lanes: int, size: int) -> Chunks:
     """Chunks of packed sequences: each starts a chunk of its own, its last chunk padded with empty rows."""
     borders = [int(x) for x in cu.tolist()]
-    if borders[0] != 0 or borders[-1] != tokens or any(a > b for a, b in zip(borders, borders[1:], strict=False)):
+    if borders[0] != 0 or borders[-1] != tokens or any(a > b for a, b in pairwise(borders)):
         raise DataError(f"cu: {borders} must rise from 0 to the number of tokens, {tokens}; pass cumulative lengths")
     segments = list[Segment]()
     first = 0
-    for index, (low, high) in enumerate(zip(borders, borders[1:], strict=False)):
+    for index, (low, high) in enumerate(pairwise(borders)):
         end = first + -(-(high - low) // size)
         if end > first:
             segments.append(Segment(first, end, index))
@@ -82,9 +83,7 @@ def _with_rows(chunks: Chunks, cu: Tensor, borders: list[int]) -> Chunks:
             limits[c] = borders[s.index + 1]
     row = torch.tensor(starts, dtype=torch.int64, device=cu.device)[:, None] + torch.arange(chunks.size, device=cu.device)
     empty = row >= torch.tensor(limits, dtype=torch.int64, device=cu.device)[:, None]
-    return Chunks(
-        chunks.size, chunks.count, chunks.tokens, chunks.lanes, chunks.segments, row.masked_fill_(empty, 0).reshape(-1), empty
-    )
+    return replace(chunks, rows=row.masked_fill_(empty, 0).reshape(-1), empty=empty)
 
 
 def gather(x: Tensor, chunks: Chunks, low: int, high: int, out: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -117,21 +116,26 @@ def _by_chunk(x: Tensor, size: int, low: int, count: int) -> Tensor:
     return x.as_strided(shape, (size * token, batch, head, token, channel), x.storage_offset() + low * size * token)
 
 
-def scatter(source: Tensor, chunks: Chunks, low: int, high: int, x: Tensor) -> None:
-    """The inverse of `gather`: writes the rows of chunks [low, high) into x[b t h d]."""
+def scatter(source: Tensor, chunks: Chunks, low: int, high: int, x: Tensor, weight: Tensor | None = None) -> None:
+    """The inverse of `gather`: writes the rows of chunks [low, high), times weight, into x[b t h d]."""
     size, b, h = chunks.size, x.shape[0], x.shape[2]
+    whole = 0 if chunks.rows is not None else min(high, chunks.tokens // size) - low
+    direct = weight is not None and whole == high - low and source.dtype == x.dtype
+    if weight is not None and not direct:
+        source = source * weight
     grid = source.view(high - low, b, h, size, x.shape[3])
-    if chunks.rows is not None and chunks.empty is not None:
+    if direct and weight is not None:
+        torch.mul(grid, weight.view(whole, b, h, size, 1), out=_by_chunk(x, size, low, whole))
+    elif chunks.rows is not None and chunks.empty is not None:
         keep = (~chunks.empty[low:high]).reshape(-1).nonzero().squeeze(1)
         rows = grid.permute(1, 0, 3, 2, 4).flatten(1, 2).index_select(1, keep)
         x.index_copy_(1, chunks.rows[low * size : high * size].index_select(0, keep), rows.to(x.dtype))
-        return
-    whole = min(high, chunks.tokens // size) - low
-    if whole:
-        _by_chunk(x, size, low, whole).copy_(grid[:whole])
-    if whole < high - low:
-        rest = chunks.tokens % size
-        x[:, chunks.tokens - rest :].copy_(grid[whole, :, :, :rest].transpose(1, 2))
+    else:
+        if whole:
+            _by_chunk(x, size, low, whole).copy_(grid[:whole])
+        if whole < high - low:
+            rest = chunks.tokens % size
+            x[:, chunks.tokens - rest :].copy_(grid[whole, :, :, :rest].transpose(1, 2))
 
 
 def gather_gate(gate: Tensor, chunks: Chunks, dtype: torch.dtype) -> Tensor:

@@ -53,19 +53,15 @@ def backward(x: Operands, saved: Saved, do: Tensor | None, dfinal: Tensor | None
 
 
 def _empty_results(x: Operands, gates: Gates) -> Results:
-    decay = None
-    if x.decay is not None:
-        decay = torch.empty_like(x.decay, memory_format=torch.contiguous_format) if x.by_channel else torch.empty_like(gates.beta.squeeze(-1))
-    like = torch.contiguous_format
-    state = x.v.new_zeros((x.states, x.v.shape[2], x.k.shape[3], x.v.shape[3]), dtype=x.dtype)
-    return Results(
-        torch.empty_like(x.q, memory_format=like),
-        torch.empty_like(x.k, memory_format=like),
-        torch.empty_like(x.v, memory_format=like),
-        decay,
-        None if x.beta is None else torch.empty_like(gates.beta.squeeze(-1)),
-        state,
-    )
+    dense = torch.contiguous_format
+    rows = gates.beta.shape[:-1]
+    decay = None if x.decay is None else gates.beta.new_empty(rows)
+    if x.by_channel and x.decay is not None:
+        decay = torch.empty_like(x.decay, memory_format=dense)
+    state = gates.beta.new_zeros((x.states, x.v.shape[2], x.k.shape[3], x.v.shape[3]))
+    beta = None if x.beta is None else gates.beta.new_empty(rows)
+    dq, dk, dv = (torch.empty_like(y, memory_format=dense) for y in (x.q, x.k, x.v))
+    return Results(dq, dk, dv, decay, beta, state)
 
 
 def _gates_by_token(x: Operands, chunks: Chunks, out: Results) -> Results:
@@ -104,44 +100,92 @@ def _group(
     kept = Saved(u, u if solve is None else solve, saved.states[low:high])
     values, carry, grads = _walk_back(factors, load(do, chunks, low, high, x.dtype), kept, x.delta, way, low, carry)
     if out.beta is not None:
-        torch.div((values * u).sum(-1), beta.squeeze(-1), out=out.beta[low:high])
-    scatter(values.mul_(beta), chunks, low, high, out.v)
+        # values . u is what the solve's own gradient has on its diagonal.
+        inner = -grads.scores[1].diagonal(dim1=-2, dim2=-1) if x.delta else (values * u).sum(-1)
+        torch.div(inner, beta.squeeze(-1), out=out.beta[low:high])
+    scatter(values, chunks, low, high, out.v, beta)
     dq, dk = _fold(x, gates, chunks, span, q, k, factors, grads, out)
     scatter(dq, chunks, low, high, out.q)
     scatter(dk, chunks, low, high, out.k)
     return carry
 
 
+@dataclass(frozen=True)
+class Step:
+    """One chunk's tensors on the way back."""
+
+    do: Tensor
+    values: Tensor  # gradient of the values, to be written
+    saved: Saved
+    factors: Factors
+    grads: Gradients  # to be written
+
+
 def _walk_back(
     factors: Factors, do: Tensor, saved: Saved, delta: bool, way: Return, low: int, carry: Tensor | None
 ) -> tuple[Tensor, Tensor, Gradients]:
-    """The state's gradient through a group, last chunk first, and with it those of the values and of the factors.
-
-    Everything of a chunk is done while its state is in cache.
-    """
-    values = torch.bmm(factors.scores[0].flatten(0, 1).mT, do.flatten(0, 1)).view_as(do)
-    grads = Gradients(*(torch.empty_like(x) for x in (factors.scores, factors.read, factors.write, factors.fade)))
-    fade_axes = (-1,) if factors.fade.shape[2] > 1 else (-2, -1)
+    """The state's gradient through a group, last chunk first, and with it those of the values and of the factors."""
+    values, rows = torch.empty_like(do), do.new_empty((2, *do.shape[:3]))
+    grads = Gradients(*(torch.empty_like(x) for x in (factors.scores, factors.read, factors.write, factors.fade)), rows)
     after = do.new_empty(way.enter.shape[1:]) if carry is None else carry
-    product = torch.empty_like(after)
-    for i in reversed(range(do.shape[0])):
+    scratch = torch.empty_like(factors.write[0])
+    for i in reversed(range(len(do))):
         if low + i in way.lasts:
             after.copy_(way.enter[way.lasts[low + i]])
-        row, update, value, state = do[i], saved.u[i], values[i], saved.states[i]
-        value.baddbmm_(factors.write[i], after)
-        torch.bmm(update, after.mT, out=grads.write[i])
-        torch.sum(torch.mul(state, after, out=product), fade_axes, keepdim=True, out=grads.fade[i])
-        after.mul_(factors.fade[i]).baddbmm_(factors.read[0, i].mT, row)
-        torch.bmm(row, state.mT, out=grads.read[0, i])
-        torch.bmm(row, update.mT, out=grads.scores[0, i])
-        if delta:
-            value.copy_(torch.bmm(saved.solve[i].mT, value))
-            after.baddbmm_(factors.read[1, i].mT, value)
-            torch.bmm(value, state.mT, out=grads.read[1, i])
-            torch.baddbmm(grads.scores[1, i], value, update.mT, beta=0, alpha=-1, out=grads.scores[1, i])
+        of_chunk = Saved(saved.u[i], saved.solve[i], saved.states[i])
+        step = Step(do[i], values[i], of_chunk, _factors_at(factors, i), _gradients_at(grads, i))
+        _step_back(step, after, delta)
+        if factors.pairs is not None:
+            _row_sums(step, scratch)
         if low + i in way.begins:
             way.leave[way.begins[low + i]].copy_(after)
     return values, after, grads
+
+
+def _factors_at(x: Factors, i: int) -> Factors:
+    return Factors(x.scores[:, i], x.read[:, i], x.write[i], x.fade[i])
+
+
+def _gradients_at(x: Gradients, i: int) -> Gradients:
+    return Gradients(x.scores[:, i], x.read[:, i], x.write[i], x.fade[i], x.rows[:, i])
+
+
+def _step_back(step: Step, after: Tensor, delta: bool) -> None:
+    """The state's gradient from after a chunk to before it; all that reads the chunk's state is done while it is in cache."""
+    do, values, u, state, grads = step.do, step.values, step.saved.u, step.saved.states, step.grads
+    scores, reads = step.factors.scores.unbind(0), step.factors.read.unbind(0)
+    dscores, dreads = grads.scores.unbind(0), grads.read.unbind(0)
+    du = torch.bmm(scores[0].mT, do, out=None if delta else values).baddbmm_(step.factors.write, after)
+    torch.bmm(u, after.mT, out=grads.write)
+    _inner(state, after, grads.fade)
+    after.mul_(step.factors.fade).baddbmm_(reads[0].mT, do)
+    torch.bmm(do, state.mT, out=dreads[0])
+    torch.bmm(do, u.mT, out=dscores[0])
+    if delta:
+        torch.bmm(step.saved.solve.mT, du, out=values)
+        after.baddbmm_(reads[1].mT, values)
+        torch.bmm(values, state.mT, out=dreads[1])
+        # The delta rule subtracts its scores.
+        torch.baddbmm(dscores[1], values, u.mT, beta=0, alpha=-1, out=dscores[1])
+
+
+def _row_sums(step: Step, scratch: Tensor) -> None:
+    """read . d read and write . d write of each row."""
+    reads, dreads, grads = step.factors.read, step.grads.read, step.grads
+    torch.mul(reads[0], dreads[0], out=scratch)
+    if len(reads) == 2:
+        scratch.addcmul_(reads[1], dreads[1])
+    torch.sum(scratch, -1, out=grads.rows[0])
+    torch.sum(torch.mul(step.factors.write, grads.write, out=scratch), -1, out=grads.rows[1])
+
+
+def _inner(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """Inner products of states over what a fade scales: a whole lane, or one key of it."""
+    if out.shape[1] > 1:
+        torch.sum(a * b, -1, keepdim=True, out=out)
+        return
+    for x, y, z in zip(a.flatten(1).unbind(0), b.flatten(1).unbind(0), out.view(-1).unbind(0), strict=True):
+        torch.dot(x, y, out=z)
 
 
 def _fold(

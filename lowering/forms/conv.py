@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...ir.errors import TypeMismatch
+from .precision import own_precision
 
 # Elements of one block: its few float32 temporaries stay in a core's second-level cache.
 BLOCK = 1 << 17
@@ -52,6 +53,7 @@ def _one_token(x: Tensor, w: Tensor, bias: Tensor | None, state: Tensor | None, 
     return (F.silu(y) if act == "silu" else y).to(x.dtype)[:, None], window[:, :, 1:]
 
 
+@own_precision
 def _conv(
     x: Tensor, w: Tensor, bias: Tensor | None, state: Tensor | None, cu: Tensor | None, act: str
 ) -> tuple[Tensor, Tensor]:
@@ -69,6 +71,7 @@ def _conv(
     return y.view(x.shape), _final(rows, heads, past).to(x.dtype)
 
 
+@own_precision
 def _conv_backward(
     dy: Tensor,
     dfinal: Tensor,

@@ -30,11 +30,12 @@ class Gradients:
     read: Tensor
     write: Tensor
     fade: Tensor
+    rows: Tensor  # per head, [2, chunk, lane, row]: read . d read, write . d write
 
 
 @dataclass(frozen=True)
 class HeadDecay:
-    """Decay of every chunk, laid out to multiply: sums since its start (log, float64), and row weights [chunk, lane, row, 1]."""
+    """Decay of every chunk: sums since its start (log, float64), and weights of its rows, [chunk, lane, row, 1]."""
 
     log: Tensor
     query: Tensor  # scale x decay since the start, of what a query reads
@@ -44,7 +45,7 @@ class HeadDecay:
 
     def of(self, low: int, high: int) -> HeadDecay:
         """The same for chunks [low, high)."""
-        return HeadDecay(self.log[low:high], self.query[low:high], self.key[low:high], self.write[low:high], self.fade[low:high])
+        return HeadDecay(*(x[low:high] for x in (self.log, self.query, self.key, self.write, self.fade)))
 
 
 # Below these, exp is nothing beside the rest, and its products would be subnormal: a matmul over those runs 250 times slower.
@@ -125,16 +126,13 @@ def _add_heads(total: Tensor, part: Tensor, weight: Tensor, r: int) -> None:
 def _decay_gradients(factors: Factors, grads: Gradients) -> Tensor:
     """Each factor is exp(sum_i - sum_j): rows add, columns subtract; a row's decay is in every later row's sum."""
     pull = grads.scores[0] * factors.scores[0]
-    reads = grads.read[0] * factors.read[0]
-    if grads.scores.shape[0] == 2:
+    if len(grads.scores) == 2:
         pull.addcmul_(grads.scores[1], factors.scores[1])
-        reads.addcmul_(grads.read[1], factors.read[1])
     # Pairs i = j do not decay: left in, they would drown the rest when decay is strong.
     pull.diagonal(dim1=-2, dim2=-1).zero_()
-    sums = pull.sum(-1).sub_(pull.sum(-2)).add_(reads.sum(-1))
+    sums = pull.sum(-1).sub_(pull.sum(-2)).add_(grads.rows[0])
     sums[..., -1] += (grads.fade * factors.fade).squeeze(-1).squeeze(-1)
     # What a row writes to the chunk's end decays in the rows after it only: a sum from the start, for the same reason.
-    writes = (grads.write * factors.write).sum(-1).cumsum(-1)
     ddecay = sums.flip(-1).cumsum(-1).flip(-1)
-    ddecay[..., 1:] += writes[..., :-1]
+    ddecay[..., 1:] += grads.rows[1].cumsum(-1)[..., :-1]
     return ddecay

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...ir.errors import DataError
+from .precision import own_precision
 
 # Logits of one block: what stays in a core's cache; with the head, enough rows besides for its GEMMs to be fast.
 BLOCK = 1 << 18
@@ -26,6 +27,7 @@ def linear_cross_entropy(x: Tensor, w: Tensor, labels: Tensor, *, ignore: int = 
     return torch.ops.plait.linear_cross_entropy(x, w.to(x.dtype), labels, ignore, softcap, train_x, train_w)[0]
 
 
+@own_precision
 def _loss(logits: Tensor, labels: Tensor, ignore: int) -> tuple[Tensor, Tensor]:
     """The loss, and the log of each softmax's denominator."""
     rows, flat = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
@@ -37,6 +39,7 @@ def _loss(logits: Tensor, labels: Tensor, ignore: int) -> tuple[Tensor, Tensor]:
     return (lse[kept] - picked).sum() / max(1, len(kept)), lse
 
 
+@own_precision
 def _loss_backward(dloss: Tensor, logits: Tensor, labels: Tensor, lse: Tensor, ignore: int) -> Tensor:
     rows, flat = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
     dlogits = torch.empty_like(rows, memory_format=torch.contiguous_format)
@@ -51,6 +54,7 @@ def _loss_backward(dloss: Tensor, logits: Tensor, labels: Tensor, lse: Tensor, i
     return dlogits.view(logits.shape)
 
 
+@own_precision
 def _linear_loss(
     x: Tensor, w: Tensor, labels: Tensor, ignore: int, softcap: float, train_x: bool, train_w: bool
 ) -> tuple[Tensor, Tensor, Tensor]:

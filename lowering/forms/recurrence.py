@@ -50,23 +50,25 @@ def _check(q: Tensor, k: Tensor, v: Tensor, decay: Maybe, beta: Maybe, state: Ma
     """Refuses operands that do not fit together; the letters are those of the op's signature."""
     if update not in UPDATES:
         raise TypeMismatch(f"linear_recurrence: update is {update!r}; it must be one of {', '.join(UPDATES)}")
-    if not q.dim() == k.dim() == v.dim() == 4:
-        raise TypeMismatch(f"linear_recurrence: q, k, v have {q.dim()}, {k.dim()}, {v.dim()} axes; each must be [b t heads dim]")
+    if not (q.dim() == k.dim() == v.dim() == 4 and q.shape == k.shape and v.shape[:2] == k.shape[:2]):
+        raise _mismatch(f"q {_dims(q)}, k {_dims(k)}, v {_dims(v)} must be [b t g k], [b t g k], [b t h v]")
     b, t, g, width = k.shape
-    heads = v.shape[2]
-    if q.shape != k.shape or v.shape[:2] != k.shape[:2]:
-        raise TypeMismatch(f"linear_recurrence: q {_dims(q)}, k {_dims(k)}, v {_dims(v)} must be [b t g k], [b t g k], [b t h v]")
+    heads, out = v.shape[2:]
     if heads % g:
-        raise TypeMismatch(f"linear_recurrence: v has {heads} heads, k has {g}; value heads must be a multiple of key heads")
+        raise _mismatch(f"v has {heads} heads, k has {g}; value heads must be a multiple of key heads")
     if decay is not None and decay.shape not in ((b, t, heads), (b, t, heads, width)):
-        raise TypeMismatch(f"linear_recurrence: decay is {_dims(decay)}; it must be [{b} {t} {heads}] or [{b} {t} {heads} {width}]")
+        raise _mismatch(f"decay is {_dims(decay)}; it must be [{b} {t} {heads}] or [{b} {t} {heads} {width}]")
     if beta is not None and beta.shape != (b, t, heads):
-        raise TypeMismatch(f"linear_recurrence: beta is {_dims(beta)}; it must be [{b} {t} {heads}]")
+        raise _mismatch(f"beta is {_dims(beta)}; it must be [{b} {t} {heads}]")
     if cu is not None and (b != 1 or cu.dim() != 1):
-        raise TypeMismatch(f"linear_recurrence: with cu, b is {b} and cu {_dims(cu)}; pack all sequences into one row, cu [n+1]")
+        raise _mismatch(f"with cu, b is {b} and cu {_dims(cu)}; pack all sequences into one row, cu [n+1]")
     count = b if cu is None else cu.shape[0] - 1
-    if state is not None and state.shape != (count, heads, width, v.shape[3]):
-        raise TypeMismatch(f"linear_recurrence: state is {_dims(state)}; it must be [{count} {heads} {width} {v.shape[3]}]")
+    if state is not None and state.shape != (count, heads, width, out):
+        raise _mismatch(f"state is {_dims(state)}; it must be [{count} {heads} {width} {out}]")
+
+
+def _mismatch(what: str) -> TypeMismatch:
+    return TypeMismatch(f"linear_recurrence: {what}")
 
 
 def _dims(x: Tensor) -> str:
@@ -127,8 +129,8 @@ def _backward(
 
 
 def _fake_backward(q: Tensor, k: Tensor, v: Tensor, decay: Maybe, beta: Maybe, state: Maybe, *rest: Any) -> tuple[Tensor, ...]:
-    like = torch.contiguous_format
-    return tuple(v.new_empty(0) if x is None else torch.empty_like(x, memory_format=like) for x in (q, k, v, decay, beta, state))
+    like, operands = torch.contiguous_format, (q, k, v, decay, beta, state)
+    return tuple(v.new_empty(0) if x is None else torch.empty_like(x, memory_format=like) for x in operands)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -11,37 +11,51 @@ FEW = 4
 
 
 def decode(x: Operands) -> tuple[Tensor, Tensor]:
-    """o[b t h v] and the final state, for t <= FEW: a handful of calls per token."""
+    """o[b t h v] and the final state, for 1 <= t <= FEW. Generation waits for this: as few calls as it takes."""
     b, t, heads, width = x.v.shape
-    groups, keys = x.k.shape[2:]
-    shape = (b * heads, keys, width)
+    shape = (b * heads, x.k.shape[3], width)
     if x.state is None:
         state = x.v.new_zeros(shape, dtype=x.dtype)
     else:
-        state = x.state.to(x.dtype).reshape(shape)
-    q, k = (_per_lane(y, heads // groups, x.dtype) for y in (x.q, x.k))
-    v = x.v.to(x.dtype).permute(1, 0, 2, 3).reshape(t, b * heads, 1, width)
-    beta = None if x.beta is None else x.beta.to(x.dtype).transpose(0, 1).reshape(t, b * heads, 1, 1)
-    fade = _fade(x)
+        state = _cast(x.state, x.dtype).reshape(shape)
     out = list[Tensor]()
     for i in range(t):
-        state = state.clone() if fade is None else state * fade[i]
-        value = torch.baddbmm(v[i], k[i], state, alpha=-1) if x.delta else v[i]
-        state.baddbmm_(k[i].mT, value if beta is None else value * beta[i])
-        out.append(torch.bmm(q[i], state))
-    o = torch.stack(out).mul_(x.scale).view(t, b, heads, width).transpose(0, 1)
-    return o.to(x.v.dtype, memory_format=torch.contiguous_format), state.view(b, heads, keys, width)
+        state = _fade(x, state, i)
+        out.append(_step(x, state, i))
+    o = out[0].view(b, 1, heads, width) if t == 1 else torch.stack([y.view(b, heads, width) for y in out], 1)
+    return _cast(o, x.v.dtype), state.view(b, heads, *shape[1:])
 
 
-def _per_lane(x: Tensor, r: int, dtype: torch.dtype) -> Tensor:
-    """[b t g k] as one row per token and lane, [t, b*g*r, 1, k]."""
-    b, t, g, k = x.shape
-    return x.to(dtype).permute(1, 0, 2, 3).unsqueeze(3).expand(t, b, g, r, k).reshape(t, b * g * r, 1, k)
+def _step(x: Operands, state: Tensor, i: int) -> Tensor:
+    """Writes token i into the state [lane, k, v], in place, and reads it: [lane, 1, v]."""
+    lanes, _, width = state.shape
+    k = _rows(x.k.select(1, i), lanes, x.dtype)
+    value = _cast(x.v.select(1, i), x.dtype).reshape(lanes, 1, width)
+    if x.delta:
+        value = torch.baddbmm(value, k, state, alpha=-1)
+    if x.beta is not None:
+        value = value * _cast(x.beta.select(1, i), x.dtype).reshape(lanes, 1, 1)
+    state.baddbmm_(k.transpose(1, 2), value)
+    o = torch.bmm(_rows(x.q.select(1, i), lanes, x.dtype), state)
+    return o if x.scale == 1 else o.mul_(x.scale)
 
 
-def _fade(x: Operands) -> Tensor | None:
-    """The decay as a factor of the state, [t, lane, 1 or k, 1]."""
+def _fade(x: Operands, state: Tensor, i: int) -> Tensor:
+    """The state decayed by token i, always a new tensor: the caller's own stays as it is."""
     if x.decay is None:
-        return None
-    b, t, heads = x.decay.shape[:3]
-    return x.decay.to(x.dtype).exp().transpose(0, 1).reshape(t, b * heads, -1, 1)
+        return state.clone()
+    decay = _cast(x.decay.select(1, i), x.dtype).exp()
+    return state * decay.reshape(len(state), -1, 1)
+
+
+def _rows(x: Tensor, lanes: int, dtype: torch.dtype) -> Tensor:
+    """[b g k] as one row per lane: key heads repeated for their value heads."""
+    b, g, width = x.shape
+    r = lanes // (b * g)
+    x = _cast(x, dtype)
+    return (x if r == 1 else x.unsqueeze(2).expand(b, g, r, width)).reshape(lanes, 1, width)
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    # The check is cheaper than a call that does nothing.
+    return x if x.dtype == dtype else x.to(dtype)

@@ -1,0 +1,37 @@
+# make demo   train the demo model and sample from it (about ten minutes on two cores)
+# make test   the tests        make lint   ruff and pyright        make bench   timings against peers
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+# One thread per test process: two of them on two cores, and numpy's own threads would only wait for each other.
+ONE_THREAD := OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1
+
+.PHONY: demo test lint bench clean
+
+demo: $(READY)
+	$(BIN)/python examples/demo.py $(DEMO)
+
+test: $(READY)
+	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 $(TESTS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+bench: $(READY)
+	$(BIN)/python -m pip install -q -e '.[bench]'
+	$(BIN)/python benchmarks/cpu.py $(BENCH)
+
+# The link lets pyright read `import plait`, whose folder is the checkout itself whatever it is called.
+$(READY): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip
+	$(BIN)/python -m pip install -q -e '.[dev]'
+	mkdir -p $(VENV)/src && ln -sfn ../.. $(VENV)/src/plait
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info demo-run
