@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import operator
+from functools import cache
+from pathlib import Path
 
 import torch
 from torch import fx
@@ -24,7 +27,17 @@ def lower(graph: Graph, *, target: str = "cpu") -> Program:
         name = names[layer] = f"layer{len(layers)}"
         layers[name] = _Emitter(layer, target, choices).module()
     entry = _Emitter(graph, target, choices, layers, names)
-    return Program(graph, target, entry.module(), layers, tuple(parameters(graph)), tuple(choices))
+    return Program(graph, target, entry.module(), layers, tuple(parameters(graph)), tuple(choices), fingerprint())
+
+
+@cache
+def fingerprint() -> str:
+    """A digest of the source of every op and form."""
+    root = Path(__file__).parent.parent
+    digest = hashlib.sha256()
+    for file in sorted([*(root / "ir").rglob("*.py"), *(root / "lowering").rglob("*.py")]):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 class _Emitter:

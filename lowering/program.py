@@ -35,6 +35,7 @@ class Program:
     layers: Mapping[str, fx.GraphModule]  # by the name the entry calls them
     parameters: tuple[str, ...]  # full names, in the order the entry takes them
     choices: tuple[Choice, ...]
+    fingerprint: str  # of the code behind every call: compiled code of another version must not be found in a cache
 
     @property
     def source(self) -> str:

@@ -124,7 +124,7 @@ def _attributes(s: Stmt, node: Node, known: Mapping[str, Any]) -> dict[str, Any]
             return None
         have = node.attrs[key]
         expected = found.setdefault(want.name, have) if isinstance(want, Var) else want
-        if expected != have or isinstance(expected, bool) != isinstance(have, bool):
+        if expected != have:
             return None
     return found
 

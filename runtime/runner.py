@@ -18,11 +18,12 @@ VARIANTS = 64
 class CompiledLayer(torch.nn.Module):
     """One layer under `torch.compile`; the same code serves every call of it, at every length."""
 
-    def __init__(self, module: fx.GraphModule, graph: Graph) -> None:
+    def __init__(self, module: fx.GraphModule, graph: Graph, fingerprint: str) -> None:
         super().__init__()
-        self.module = module
+        self.module, self.fingerprint = module, fingerprint
         self.symbolic = [[i for i, d in enumerate(v.type.dims) if isinstance(d.size, str)] for v in graph.inputs]
-        self.compiled: Any = torch.compile(module, fullgraph=True)
+        # The bound method: a GraphModule wraps its call in error handling that costs time and hides what went wrong.
+        self.compiled: Any = torch.compile(module.forward, fullgraph=True)
         self.seen = set[tuple[Any, ...]]()
 
     def forward(self, *args: Any) -> Any:
@@ -37,13 +38,15 @@ class CompiledLayer(torch.nn.Module):
     def _first(self, args: Sequence[torch.Tensor]) -> Any:
         """Compile a variant: its sizes stay symbols, and a batch and a length that happen to be equal are kept apart."""
         import torch._dynamo as dynamo  # slow to import, and its switches have no public name
+        import torch.compiler.config as caches
         import torch.fx.experimental._config as shapes
 
         for i, dims in enumerate(self.symbolic):
             for d in dims:
                 if args[i].shape[d] > 1:
                     dynamo.maybe_mark_dynamic(args[i], d)
-        with dynamo.config.patch(recompile_limit=VARIANTS), cast("Any", shapes).patch(use_duck_shape=False):
+        apart, tagged = cast("Any", shapes).patch(use_duck_shape=False), cast("Any", caches).patch(cache_key_tag=self.fingerprint)
+        with dynamo.config.patch(recompile_limit=VARIANTS), apart, tagged:
             return self.compiled(*args)
 
     def _key(self, args: Sequence[torch.Tensor]) -> tuple[Any, ...]:
@@ -63,7 +66,7 @@ class Runner:
         self.entry = fx.GraphModule(program.entry, program.entry.graph, "Entry")
         for (name, module), layer in zip(program.layers.items(), program.graph.layers, strict=True):
             if layer not in compiled:
-                compiled[layer] = CompiledLayer(module, layer)
+                compiled[layer] = CompiledLayer(module, layer, program.fingerprint)
             self.entry.add_module(name, compiled[layer])
 
     def __call__(self, inputs: Sequence[torch.Tensor], params: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from plait.ir import ops
-from plait.ir.errors import DataError, TypeMismatch
+from plait.ir.errors import DataError, PlaitError, TypeMismatch
 from plait.lowering.forms import recurrence
 from torch import Tensor
 
@@ -273,5 +273,15 @@ def test_operands_that_do_not_fit_are_named() -> None:
     with pytest.raises(TypeMismatch, match="pack all sequences into one row"):
         recurrence.gated_delta_rule(q, k, v, decay, beta, cu=torch.tensor([0, 8]))
     one = [x[:1] for x in (q, k, v, decay, beta)]
+    with pytest.raises(TypeMismatch, match=r"cu torch.float32 \[2\]; .* in int64"):
+        recurrence.gated_delta_rule(*one, cu=torch.tensor([0.0, 8.0]))
     with pytest.raises(DataError, match="must rise from 0 to the number of tokens, 8"):
         recurrence.gated_delta_rule(*one, cu=torch.tensor([0, 5]))
+
+
+def test_second_derivatives_are_refused() -> None:
+    xs = [x.requires_grad_() for x in operands("gated_delta_rule", 8)]
+    o, _ = recurrence.gated_delta_rule(*xs)
+    (dv,) = torch.autograd.grad(o.sum(), xs[2], create_graph=True)
+    with pytest.raises(PlaitError, match="no second derivative"):
+        torch.autograd.grad(dv.sum(), xs[0])

@@ -246,6 +246,35 @@ def test_a_shared_prefix_is_one_parameter() -> None:
     torch.testing.assert_close(evaluate(parse(text.format("a.b")), x, params={"a.w": w, "a.b.w": v}), x * w * v)
 
 
+NESTED = """def f(x: f64[2]):
+    y = outer(x, params='layers.1')
+    z = outer(y, params='layers.10')
+    return z
+
+@layer
+def outer(x: f64[2], *, w: f64[2]):
+    y = mul(x, w)
+    z = inner(y, params='mixer.0')
+    return z
+
+@layer
+def inner(x: f64[2], *, w: f64[2]):
+    y = add_bias(x, w)
+    return y
+"""
+
+
+def test_layers_in_layers_have_longer_prefixes() -> None:
+    names = ["layers.1.w", "layers.1.mixer.0.w", "layers.10.w", "layers.10.mixer.0.w"]
+    assert list(parameters(parse(NESTED))) == names
+    params, x = {name: floats(2) for name in names}, floats(2)
+    a, b, c, d = params.values()
+    alike(parse(NESTED), MESH, [x], params)
+    torch.testing.assert_close(evaluate(parse(NESTED), x, params=params), (x * a + b) * c + d)
+    with pytest.raises(TypeMismatch, match=r"w.* missing"):
+        evaluate(parse(NESTED), x, params={k: v for k, v in params.items() if "10" in k})
+
+
 def test_a_graph_is_retyped_and_its_layers_changed() -> None:
     graph = parse(SERIAL)
     placed = retype(graph, [parse_type("f64[2, 12, 8]")])

@@ -149,6 +149,16 @@ def f(x: f64[b, s, 6], *, c: f64[6, 4] = normal(0.5)):
     assert [s.name for s in cache_states(cached)] == ["conv_state", "conv_state_2"]
 
 
+def test_keys_and_values_each_have_their_own_cache():
+    flat = parse("""
+def f(q: f64[b, s, 2, 5], k: f64[b, s, 1, 5], v: f64[b, s, 1, 7]):
+    o = attention(q, k, v)
+    return o
+""")
+    states = cache_states(with_cache(flat)[0])
+    assert [f"{s.name} {s.type}" for s in states] == ["k_cache f64[b, m, 1, 5]", "v_cache f64[b, m, 1, 7]"]
+
+
 def refused(graph: Graph, says: str, **options: bool) -> None:
     with pytest.raises(PassError, match=says):
         with_cache(graph, **options)

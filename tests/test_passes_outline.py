@@ -197,6 +197,20 @@ def test_rows_take_maximal_regions_and_leave_views_outside():
     assert [r.what for r in remarks] == ["rows", "rows"] and validate(ROWS, after, "exact").ok
 
 
+def test_rows_stop_where_a_value_leaves_and_comes_back():
+    graph = parse("""
+def f(x: f64[b, 5], *, w: f64[5, 5] = normal(0.1)):
+    a = silu(x)
+    l = linear(a, w)
+    c = relu(a)
+    y = add(c, l)
+    return y
+""")
+    after, _ = outline_rows(graph)
+    assert [[n.op.name for n in k.nodes] for k in after.callees] == [["silu", "relu"]]
+    assert validate(graph, after, "exact").ok
+
+
 def test_rows_are_bounded():
     assert outline_rows(ROWS, min_ops=5) == (ROWS, ()) and len(outline_rows(ROWS, min_ops=3)[0].callees) == 1
     after, _ = outline_rows(ROWS, max_ops=2)

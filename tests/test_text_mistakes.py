@@ -106,8 +106,8 @@ def test_a_mistake_in_a_graph_is_pointed_at(text: str, why: str) -> None:
 
 def test_the_caret_stands_under_the_place() -> None:
     with pytest.raises(ParseError) as raised:
-        parse("def f(x: f32[3]):\n    y = rms_norm(x, eps=(1, f'é'))\n    return y\n")
-    assert str(raised.value).split("\n")[1:] == ["      y = rms_norm(x, eps=(1, f'é'))", "                              ^"]
+        parse("def f(x: f32[3]):\n    y = rms_norm(x, eps=('é', 1 + 1))\n    return y\n")
+    assert str(raised.value).split("\n")[1:] == ["      y = rms_norm(x, eps=('é', 1 + 1))", "                                ^"]
 
 
 HOSTILE = [

@@ -8,23 +8,19 @@ import os
 import signal
 import subprocess
 import sys
-import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
-import numpy as np
 import plait.runtime.files as files
 import pytest
 import torch
 from plait.api import compile
 from plait.ir import CheckpointError, DataError, PlaitError
 from plait.runtime import CompiledModel
-from plait.runtime.curve import curve, write_curve
 from plait.runtime.data import Text, batch, split, windows
-from plait.runtime.rundir import Moment, Point, checkpoint_file, clear_run, latest, stored_options
+from plait.runtime.rundir import Moment, checkpoint_file, clear_run, latest, stored_options
 from plait.runtime.train import Options, Progress, evaluate, interrupts, learning_rate, options_of, share, train
 
 SPEC: dict[str, Any] = {
@@ -39,7 +35,8 @@ Bits = dict[str, torch.Tensor]
 
 
 def small(seed: int = 0, **changes: Any) -> CompiledModel:
-    return compile(SPEC | changes, dtype="f32", jit=False, seed=seed)
+    fields = {k: v for k, v in (SPEC | changes).items() if v is not None}
+    return compile(fields, dtype="f32", jit=False, seed=seed)
 
 
 @pytest.fixture
@@ -106,6 +103,27 @@ def test_evaluation_is_plain_cross_entropy(text: Text) -> None:
         with_balance = model.loss(tokens, labels)
     found = evaluate(model, text.valid, replace(FAST, eval_rows=5))
     assert found == pytest.approx(float(want), rel=1e-6) and float(with_balance) > found + 1e-3
+
+
+def test_every_step_has_its_own_batch_and_every_point_the_mean(text: Text, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, losses, whole = list[torch.Tensor](), list[float](), CompiledModel.loss
+
+    def spying(model: CompiledModel, tokens: torch.Tensor, labels: torch.Tensor, **rest: Any) -> torch.Tensor:
+        seen.append(tokens)
+        return whole(model, tokens, labels, **rest)
+
+    monkeypatch.setattr(CompiledModel, "loss", spying)
+    history = train(small(), text, replace(FAST, steps=7, seed=5), progress=lambda p: losses.append(p.loss))
+    for step, tokens in enumerate(seen):
+        assert torch.equal(tokens, batch(text.train, rows=3, length=17, seed=5, step=step)[0])
+    assert len(seen) == 7 and [p.loss for p in history.points[1:]] == pytest.approx([sum(losses[:4]) / 4, sum(losses[4:]) / 3])
+
+
+def test_nothing_is_dropped_in_evaluation(text: Text) -> None:
+    model = small(dropout=0.5, pattern="*-", mlp={"width": 8}, gdn=None, mamba2=None, moe=None)
+    plain = model.eval()(windows(text.valid, rows=2, length=17)[0])
+    assert not torch.equal(model.train()(windows(text.valid, rows=2, length=17)[0]), plain)
+    assert evaluate(model, text.valid, FAST) == evaluate(model.train(), text.valid, FAST)
 
 
 def test_the_learning_rate_rises_and_falls() -> None:
@@ -299,7 +317,7 @@ DAMAGE: list[tuple[str, Callable[[Path], Any], str]] = [
     ("state.json", edit("format", "other"), "'other'"),
     ("state.json", edit("points", [{"step": 1}]), "points do not read"),
     ("state.json", edit("points", [{"step": 1, "seconds": 1, "loss": None, "valid": math.nan}]), "not finite"),
-    ("../latest", lambda p: p.write_text("../elsewhere"), "must be the name of a checkpoint"),
+    ("../latest", lambda p: p.write_text("step-0/../../elsewhere"), "must be the name of a checkpoint"),
     ("../latest", lambda p: p.write_text("step-00000009"), "no such file"),
 ]  # fmt: skip
 
@@ -346,48 +364,3 @@ def test_a_loss_that_is_not_finite_ends_the_run(text: Text) -> None:
         model.get_parameter("embed").fill_(math.inf)
     with pytest.raises(PlaitError, match="the loss is nan at step 0; lower the learning rate"):
         train(model, text, FAST)
-
-
-# -- the picture ----------------------------------------------------------------------------
-
-
-def test_the_picture(tmp_path: Path) -> None:
-    points = [Point(s, s / 2, None if s == 0 else 2.5 - s / 100, 2.6 - s / 100) for s in range(0, 101, 10)]
-    svg_path, png_path = write_curve(points, tmp_path / "loss", {"bigram <2>": 2.25})
-    lines = [e for e in ElementTree.parse(svg_path).iter() if e.tag.endswith("polyline")]
-    texts = [e.text for e in ElementTree.parse(svg_path).iter() if e.tag.endswith("text")]
-    assert "bigram <2> 2.250" in texts and "validation 1.600" in texts and "train 1.500" in texts
-    longest = max((e.attrib["points"].split() for e in lines), key=len)
-    assert len(longest) == 11
-    pixels = decoded(png_path.read_bytes())
-    assert pixels.shape == (1040, 1800, 3)
-    x, y = map(float, longest[5].split(","))
-    assert pixels[round(2 * y), round(2 * x)].tolist() == [0x0B, 0x5C, 0xAD]
-    assert (pixels == 255).all(2).mean() > 0.9
-
-
-def decoded(data: bytes) -> np.ndarray[Any, Any]:
-    """The pixels of an RGB PNG without filters; every checksum is checked."""
-    assert data[:8] == b"\x89PNG\r\n\x1a\n"
-    chunks, at = dict[bytes, bytes](), 8
-    while at < len(data):
-        size = int.from_bytes(data[at : at + 4])
-        kind, body = data[at + 4 : at + 8], data[at + 8 : at + 8 + size]
-        assert zlib.crc32(kind + body) == int.from_bytes(data[at + 8 + size : at + 12 + size])
-        chunks[kind], at = body, at + 12 + size
-    width, height = int.from_bytes(chunks[b"IHDR"][:4]), int.from_bytes(chunks[b"IHDR"][4:8])
-    rows = np.frombuffer(zlib.decompress(chunks[b"IDAT"]), np.uint8).reshape(height, 1 + 3 * width)
-    assert not rows[:, 0].any()
-    return rows[:, 1:].reshape(height, width, 3)
-
-
-@pytest.mark.parametrize("values", [(2.0, 2.0), (1e-6, 1e-6), (900.0, 3.0), (5.0, 7.0)])
-def test_any_curve_stays_on_the_page(values: tuple[float, float]) -> None:
-    marks = curve([Point(0, 0, None, values[0]), Point(1, 1, values[1], values[1])], {"unigram": 3.0})
-    spots = [p for m in marks for p in getattr(m, "points", ())]
-    assert all(0 <= x <= 900 and 0 <= y <= 520 for x, y in spots)
-
-
-def test_one_point_is_no_curve() -> None:
-    with pytest.raises(DataError, match="needs two"):
-        curve([Point(0, 0, None, 5.0)], {})

@@ -60,7 +60,7 @@ def _(sample: Any) -> list[Any]:
 
 @op("x[... d], experts:i64[... k] -> rows[(... k) d], order:i64[(... k)], counts:i64[e]", map="d", whole="... k", linear="x")
 def dispatch(x: Tensor, experts: Tensor, *, e: int) -> tuple[Tensor, Tensor, Tensor]:
-    """One row per (token, choice), sorted by expert; `order` says which pair each row is, `counts` how many rows each expert has"""
+    """One row per (token, choice), sorted by expert; `order` is the pair of each row, `counts` how many rows an expert has"""
     flat = experts.reshape(-1)
     order = flat.sort(stable=True).indices
     rows = x.reshape(-1, x.shape[-1])[order // experts.shape[-1]]

@@ -84,24 +84,46 @@ def gates_of(x: Operands, chunks: Chunks) -> Gates:
     return Gates(beta, head_decay(gate, beta, x.scale))
 
 
-def load(x: Tensor, chunks: Chunks, low: int, high: int, dtype: torch.dtype, weight: Tensor | None = None) -> Tensor:
-    """Rows of chunks [low, high) of x[b t h d], times weight, in a new tensor."""
-    out = x.new_empty((high - low, x.shape[0] * x.shape[2], chunks.size, x.shape[3]), dtype=dtype)
-    return gather(x, chunks, low, high, out, weight)
+@dataclass(frozen=True)
+class Group:
+    """Chunks [low, high) of a call: what is worked on together."""
 
+    call: Operands
+    gates: Gates
+    chunks: Chunks
+    low: int
+    high: int
 
-def load_decay(x: Operands, chunks: Chunks, low: int, high: int) -> Tensor:
-    """The channel decay of a group as factors in (0, 1]."""
-    assert x.decay is not None
-    return load(x.decay, chunks, low, high, x.dtype).clamp_(min=LOG_FLOOR[x.dtype]).exp_()
+    def load(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
+        """The group's rows of x[b t h d], times weight, in a new tensor [chunk, lane, row, d]."""
+        shape = (self.high - self.low, x.shape[0] * x.shape[2], self.chunks.size, x.shape[3])
+        return gather(x, self.chunks, self.low, self.high, x.new_empty(shape, dtype=self.call.dtype), weight)
 
+    def store(self, source: Tensor, x: Tensor, weight: Tensor | None = None) -> None:
+        """The group's rows, times weight, back into x[b t h d]."""
+        scatter(source, self.chunks, self.low, self.high, x, weight)
 
-def factors_of(x: Operands, gates: Gates, chunks: Chunks, low: int, high: int, q: Tensor, k: Tensor) -> Factors:
-    """The factors of a group, whichever way it decays."""
-    beta = gates.beta[low:high] if x.delta else None
-    if gates.decay is not None:
-        return head_factors(q, k, gates.decay.of(low, high), beta, x.scale)
-    return channel_factors(q, k, load_decay(x, chunks, low, high), beta, x.scale)
+    @property
+    def beta(self) -> Tensor:
+        """[chunk, lane, row, 1]"""
+        return self.gates.beta[self.low : self.high]
+
+    @property
+    def decay(self) -> HeadDecay | None:
+        """Per-head decay, if it is that."""
+        return None if self.gates.decay is None else self.gates.decay.of(self.low, self.high)
+
+    def channel_decay(self) -> Tensor:
+        """The channel decay as factors in (0, 1]."""
+        assert self.call.decay is not None
+        return self.load(self.call.decay).clamp_(min=LOG_FLOOR[self.call.dtype]).exp_()
+
+    def factors(self, q: Tensor, k: Tensor) -> Factors:
+        """What the chunks do to their state, whichever way it decays."""
+        beta, decay = self.beta if self.call.delta else None, self.decay
+        if decay is not None:
+            return head_factors(q, k, decay, beta, self.call.scale)
+        return channel_factors(q, k, self.channel_decay(), beta, self.call.scale)
 
 
 def invert(scores: Tensor, out: Tensor) -> Tensor:
@@ -131,43 +153,50 @@ class Walk:
 
 
 def saved_shapes(x: Operands) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """Shapes of `Saved`. The number of chunks is a bound that needs no look into `cu`."""
-    count = x.v.shape[1] // CHUNK + (1 if x.cu is None else x.states)
+    """Shapes of `Saved`. The number of chunks is a bound that needs no look into `cu`.
+
+    It is never one: Dynamo would take a size of one for a constant, and compile anew for longer calls.
+    """
+    count = x.v.shape[1] // CHUNK + (2 if x.cu is None else x.states + 1)
     lanes, width = x.v.shape[0] * x.v.shape[2], x.v.shape[3]
     inner = count if x.delta else 0
     return (inner, lanes, CHUNK, width), (inner, lanes, CHUNK, CHUNK), (count, lanes, x.k.shape[3], width)
 
 
+def _inference_chunk(x: Operands) -> int:
+    """Rows of a chunk when no backward follows: per-head decay is cheapest at half size, and a short call need not fill one."""
+    most = CHUNK if x.by_channel or x.cu is not None else CHUNK // 2
+    return min(most, max(16, 1 << max(x.v.shape[1] - 1, 0).bit_length()))
+
+
 def forward(x: Operands, *, keep: bool) -> tuple[Tensor, Tensor, Saved | None]:
     """o[b t h v], final state[n h k v] and, if kept, what backward needs."""
-    t, heads = x.v.shape[1:3]
-    # A short call without backward need not fill a whole chunk.
-    chunks = chunks_of(x, CHUNK if keep or x.cu is not None else min(32, max(16, 1 << max(t - 1, 0).bit_length())))
+    chunks = chunks_of(x, CHUNK if keep else _inference_chunk(x))
     gates = gates_of(x, chunks)
-    shape = (x.states, heads, x.k.shape[3], x.v.shape[3])
+    shape = (x.states, x.v.shape[2], x.k.shape[3], x.v.shape[3])
     final = x.v.new_zeros(shape, dtype=x.dtype) if x.state is None else x.state.to(x.dtype, copy=True).contiguous()
     saved = Saved(*(x.v.new_empty(s, dtype=x.dtype) for s in saved_shapes(x))) if keep else None
     lane = (chunks.lanes, *shape[2:])
     slots = saved.states.unbind(0) if saved else (x.v.new_empty(lane, dtype=x.dtype),)
-    walk = Walk(slots, chunks.begins(), chunks.ends(), final.view(len(final) * heads // max(chunks.lanes, 1), *lane))
+    walk = Walk(slots, chunks.begins(), chunks.ends(), final.view(len(final) * shape[1] // max(chunks.lanes, 1), *lane))
     o = torch.empty_like(x.v, memory_format=torch.contiguous_format)
     for low, high in chunks.groups():
-        scatter(_group(x, gates, chunks, low, high, walk, saved), chunks, low, high, o)
+        group = Group(x, gates, chunks, low, high)
+        group.store(_outputs(group, walk, saved), o)
     return o, final, saved
 
 
-def _group(x: Operands, gates: Gates, chunks: Chunks, low: int, high: int, walk: Walk, saved: Saved | None) -> Tensor:
-    """Outputs of chunks [low, high), [chunk, lane, row, v]; the walk moves on to `high`."""
-    q, k = load(x.q, chunks, low, high, x.dtype), load(x.k, chunks, low, high, x.dtype)
-    factors = factors_of(x, gates, chunks, low, high, q, k)
-    u = load(x.v, chunks, low, high, x.dtype, gates.beta[low:high])
+def _outputs(group: Group, walk: Walk, saved: Saved | None) -> Tensor:
+    """Outputs of a group, [chunk, lane, row, v]; the walk moves on to the next."""
+    x, low, high = group.call, group.low, group.high
+    factors = group.factors(group.load(x.q), group.load(x.k))
+    values = group.load(x.v, group.beta)
     if not x.delta:
-        return _scan(factors, u, None, u, walk, low)
+        return _scan(factors, values, None, values, walk, low)
     scores = factors.scores[1]
-    kept = (saved.u[low:high], saved.solve[low:high]) if saved else (torch.empty_like(u), torch.empty_like(scores))
-    size = scores.shape[-1]
-    invert(scores.view(-1, size, size), kept[1].view(-1, size, size))
-    return _scan(factors, u, kept[1], kept[0], walk, low)
+    u, solve = (saved.u[low:high], saved.solve[low:high]) if saved else (torch.empty_like(values), torch.empty_like(scores))
+    invert(scores.flatten(0, 1), solve.flatten(0, 1))
+    return _scan(factors, values, solve, u, walk, low)
 
 
 def _scan(factors: Factors, values: Tensor, solve: Tensor | None, u: Tensor, walk: Walk, low: int) -> Tensor:

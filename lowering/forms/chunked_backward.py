@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .channel_decay import channel_gradients
 from .chunk_layout import Chunks, scatter
-from .chunked import Gates, Operands, Saved, chunks_of, factors_of, gates_of, load, load_decay
+from .chunked import Gates, Group, Operands, Saved, chunks_of, gates_of
 from .head_decay import Factors, Gradients, head_gradients
 
 
@@ -46,9 +46,9 @@ def backward(x: Operands, saved: Saved, do: Tensor | None, dfinal: Tensor | None
         out.state.copy_(dfinal)
     way = Return(chunks.begins(), chunks.ends(), out.state.clone().view(-1, *lane), out.state.view(-1, *lane))
     do = x.v.new_zeros(()).expand_as(x.v) if do is None else do
-    carry: Tensor | None = None
+    after = out.state.new_empty(lane)
     for low, high in reversed(list(chunks.groups())):
-        carry = _group(x, gates, chunks, (low, high), saved, do, way, carry, out)
+        _group_back(Group(x, gates, chunks, low, high), saved, do, way, after, out)
     return _gates_by_token(x, chunks, out)
 
 
@@ -79,35 +79,21 @@ def _by_token(laid: Tensor | None, gate: Tensor | None, chunks: Chunks) -> Tenso
     return out
 
 
-def _group(
-    x: Operands,
-    gates: Gates,
-    chunks: Chunks,
-    span: tuple[int, int],
-    saved: Saved,
-    do: Tensor,
-    way: Return,
-    carry: Tensor | None,
-    out: Results,
-) -> Tensor:
-    """Gradients of one group's operands; returns the state's gradient before it."""
-    low, high = span
-    q, k = load(x.q, chunks, low, high, x.dtype), load(x.k, chunks, low, high, x.dtype)
-    beta = gates.beta[low:high]
-    factors = factors_of(x, gates, chunks, low, high, q, k)
-    u = saved.u[low:high] if x.delta else load(x.v, chunks, low, high, x.dtype, beta)
-    solve = saved.solve[low:high] if x.delta else None
-    kept = Saved(u, u if solve is None else solve, saved.states[low:high])
-    values, carry, grads = _walk_back(factors, load(do, chunks, low, high, x.dtype), kept, x.delta, way, low, carry)
+def _group_back(group: Group, saved: Saved, do: Tensor, way: Return, after: Tensor, out: Results) -> None:
+    """Gradients of one group's operands; turns the state's gradient after the group into the one before it."""
+    x, low, high = group.call, group.low, group.high
+    q, k, beta = group.load(x.q), group.load(x.k), group.beta
+    factors = group.factors(q, k)
+    kept = Saved(saved.u[low:high] if x.delta else group.load(x.v, beta), saved.solve[low:high], saved.states[low:high])
+    values, grads = _walk_back(group, factors, group.load(do), kept, way, after)
     if out.beta is not None:
-        # values . u is what the solve's own gradient has on its diagonal.
-        inner = -grads.scores[1].diagonal(dim1=-2, dim2=-1) if x.delta else (values * u).sum(-1)
+        # values . u is what the gradient of the delta rule's scores has on its diagonal.
+        inner = -grads.scores[1].diagonal(dim1=-2, dim2=-1) if x.delta else (values * kept.u).sum(-1)
         torch.div(inner, beta.squeeze(-1), out=out.beta[low:high])
-    scatter(values, chunks, low, high, out.v, beta)
-    dq, dk = _fold(x, gates, chunks, span, q, k, factors, grads, out)
-    scatter(dq, chunks, low, high, out.q)
-    scatter(dk, chunks, low, high, out.k)
-    return carry
+    group.store(values, out.v, beta)
+    dq, dk = _fold(group, q, k, factors, grads, out)
+    group.store(dq, out.q)
+    group.store(dk, out.k)
 
 
 @dataclass(frozen=True)
@@ -122,24 +108,25 @@ class Step:
 
 
 def _walk_back(
-    factors: Factors, do: Tensor, saved: Saved, delta: bool, way: Return, low: int, carry: Tensor | None
-) -> tuple[Tensor, Tensor, Gradients]:
+    group: Group, factors: Factors, do: Tensor, saved: Saved, way: Return, after: Tensor
+) -> tuple[Tensor, Gradients]:
     """The state's gradient through a group, last chunk first, and with it those of the values and of the factors."""
-    values, rows = torch.empty_like(do), do.new_empty((2, *do.shape[:3]))
-    grads = Gradients(*(torch.empty_like(x) for x in (factors.scores, factors.read, factors.write, factors.fade)), rows)
-    after = do.new_empty(way.enter.shape[1:]) if carry is None else carry
-    scratch = torch.empty_like(factors.write[0])
+    delta, values, rows = group.call.delta, torch.empty_like(do), do.new_empty((2, *do.shape[:3]))
+    scores, read, write, fade = (torch.empty_like(x) for x in (factors.scores, factors.read, factors.write, factors.fade))
+    grads = Gradients(scores, read, write, fade, rows)
+    scratch = torch.empty_like(write[0])
     for i in reversed(range(len(do))):
-        if low + i in way.lasts:
-            after.copy_(way.enter[way.lasts[low + i]])
-        of_chunk = Saved(saved.u[i], saved.solve[i], saved.states[i])
-        step = Step(do[i], values[i], of_chunk, _factors_at(factors, i), _gradients_at(grads, i))
+        chunk = group.low + i
+        if chunk in way.lasts:
+            after.copy_(way.enter[way.lasts[chunk]])
+        kept = Saved(saved.u[i], saved.solve[i] if delta else saved.solve, saved.states[i])
+        step = Step(do[i], values[i], kept, _factors_at(factors, i), _gradients_at(grads, i))
         _step_back(step, after, delta)
         if factors.pairs is not None:
             _row_sums(step, scratch)
-        if low + i in way.begins:
-            way.leave[way.begins[low + i]].copy_(after)
-    return values, after, grads
+        if chunk in way.begins:
+            way.leave[way.begins[chunk]].copy_(after)
+    return values, grads
 
 
 def _factors_at(x: Factors, i: int) -> Factors:
@@ -188,26 +175,16 @@ def _inner(a: Tensor, b: Tensor, out: Tensor) -> None:
         torch.dot(x, y, out=z)
 
 
-def _fold(
-    x: Operands,
-    gates: Gates,
-    chunks: Chunks,
-    span: tuple[int, int],
-    q: Tensor,
-    k: Tensor,
-    factors: Factors,
-    grads: Gradients,
-    out: Results,
-) -> tuple[Tensor, Tensor]:
+def _fold(group: Group, q: Tensor, k: Tensor, factors: Factors, grads: Gradients, out: Results) -> tuple[Tensor, Tensor]:
     """Factor gradients down to those of q and k; the decay's go straight to `out`."""
-    low, high = span
-    if gates.decay is not None:
-        dq, dk, ddecay = head_gradients(q, k, gates.decay.of(low, high), factors, grads, x.scale)
+    x, decay = group.call, group.decay
+    if decay is not None:
+        dq, dk, ddecay = head_gradients(q, k, decay, factors, grads, x.scale)
         if out.decay is not None:
-            out.decay[low:high] = ddecay
+            out.decay[group.low : group.high] = ddecay
         return dq, dk
     assert out.decay is not None
-    beta = gates.beta[low:high] if x.delta else None
-    dq, dk, ddecay = channel_gradients(q, k, load_decay(x, chunks, low, high), beta, factors, grads, x.scale)
-    scatter(ddecay, chunks, low, high, out.decay)
+    beta = group.beta if x.delta else None
+    dq, dk, ddecay = channel_gradients(q, k, group.channel_decay(), beta, factors, grads, x.scale)
+    group.store(ddecay, out.decay)
     return dq, dk

@@ -23,3 +23,8 @@ def own_precision(kernel: Callable[..., Result]) -> Callable[..., Result]:
             return kernel(*args, **options) if len(devices) == 1 else run(*args, **options)
 
     return run
+
+
+def opaque(kernel: Callable[..., Result]) -> Callable[..., Result]:
+    """A kernel registered by hand: what `torch.library.custom_op` does for its own, Dynamo off inside, and autocast too."""
+    return torch._disable_dynamo(own_precision(kernel))  # pyright: ignore[reportPrivateUsage] # the public name imports Dynamo at once

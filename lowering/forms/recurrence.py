@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...ir.errors import TypeMismatch
+from ...ir.errors import PlaitError, TypeMismatch
 from .chunked import Operands, Saved, forward, saved_shapes
 from .chunked_backward import backward
+from .precision import opaque
 from .recurrent import FEW, decode
 
 UPDATES = ("delta", "additive")
@@ -60,8 +61,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, decay: Maybe, beta: Maybe, state: Ma
         raise _mismatch(f"decay is {_dims(decay)}; it must be [{b} {t} {heads}] or [{b} {t} {heads} {width}]")
     if beta is not None and beta.shape != (b, t, heads):
         raise _mismatch(f"beta is {_dims(beta)}; it must be [{b} {t} {heads}]")
-    if cu is not None and (b != 1 or cu.dim() != 1):
-        raise _mismatch(f"with cu, b is {b} and cu {_dims(cu)}; pack all sequences into one row, cu [n+1]")
+    if cu is not None and (b != 1 or cu.dim() != 1 or cu.shape[0] == 0 or cu.is_floating_point()):
+        raise _mismatch(f"with cu, b is {b} and cu {cu.dtype} {_dims(cu)}; pack all sequences into one row, cu [n+1] in int64")
     count = b if cu is None else cu.shape[0] - 1
     if state is not None and state.shape != (count, heads, width, out):
         raise _mismatch(f"state is {_dims(state)}; it must be [{count} {heads} {width} {out}]")
@@ -147,11 +148,12 @@ def _differentiate(ctx: Any, do: Maybe, dfinal: Maybe, *unused: Maybe) -> tuple[
     return (*(None if x is None else g for x, g in zip(saved[:6], grads, strict=True)), None, None, None, None)
 
 
-_library.impl("linear_recurrence", _forward, "CompositeExplicitAutograd")
-_library.impl("linear_recurrence_backward", _backward, "CompositeExplicitAutograd")
+_library.impl("linear_recurrence", opaque(_forward), "CompositeExplicitAutograd")
+_library.impl("linear_recurrence_backward", opaque(_backward), "CompositeExplicitAutograd")
 torch.library.register_fake("plait::linear_recurrence", _fake_forward, lib=_library)
 torch.library.register_fake("plait::linear_recurrence_backward", _fake_backward, lib=_library)
 torch.library.register_autograd("plait::linear_recurrence", _differentiate, setup_context=_setup, lib=_library)
+torch.library.register_autograd("plait::linear_recurrence_backward", _differentiate_again, lib=_library)
 
 
 def gated_delta_rule(

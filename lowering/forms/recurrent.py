@@ -14,10 +14,7 @@ def decode(x: Operands) -> tuple[Tensor, Tensor]:
     """o[b t h v] and the final state, for 1 <= t <= FEW. Generation waits for this: as few calls as it takes."""
     b, t, heads, width = x.v.shape
     shape = (b * heads, x.k.shape[3], width)
-    if x.state is None:
-        state = x.v.new_zeros(shape, dtype=x.dtype)
-    else:
-        state = _cast(x.state, x.dtype).reshape(shape)
+    state = x.v.new_zeros(shape, dtype=x.dtype) if x.state is None else _cast(x.state, x.dtype).reshape(shape)
     out = list[Tensor]()
     for i in range(t):
         state = _fade(x, state, i)
