@@ -21,9 +21,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Load the package, and torch with it, when something of it is first used: `plait --help` need not wait."""
+    """Load what is asked for when it is first used: `plait --help` need not wait for torch."""
     if name not in __all__:
         raise AttributeError(f"module 'plait' has no attribute {name!r}")
     from plait import api, frontends, ir, runtime
 
-    return getattr(next(home for home in (ir, frontends, runtime, api) if hasattr(home, name)), name)
+    homes = dict.fromkeys(("compile", "load", "program"), api) | dict.fromkeys(("ModelSpec", "load_spec"), frontends)
+    return getattr({**homes, "CompiledModel": runtime}.get(name, ir), name)

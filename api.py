@@ -58,11 +58,12 @@ def compile(
 
 
 def load(path: str | Path, **options: Any) -> CompiledModel:
-    """The model in a file written by `save`, compiled with the options of `compile`."""
-    text = read_metadata(path).get("spec", "")
+    """The model in a file written by `save`, compiled with the options of `compile`; its dtype is the file's unless given."""
+    found = read_metadata(path)
+    text = found.get("spec", "")
     if not text:
         raise CheckpointError(f"{path}: holds no spec, so plait did not write it; compile the spec and call load on the model")
-    return compile(load_spec(_fields(text, path)), **options).load(path)
+    return compile(load_spec(_fields(text, path)), **{"dtype": found.get("dtype", ""), **options}).load(path)
 
 
 def _fields(text: str, path: str | Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from cases import Row, rows
-from fresh import cold_and_warm, peak_memory
+from fresh import cold_and_warm, peak_memory, quiet
 from measure import Timing, interleave
 from rich.console import Console
 from rich.table import Table
@@ -107,7 +107,8 @@ def compile_rows(args: argparse.Namespace, say: Console) -> Iterable[Record]:
     share = total / min(cold.values()) if known and cold else None
     deeper = _built(deep, "cold") / total if known and known_deep else None
     ms = {label: seconds * 1e3 for label, seconds in cold.items()} | ({"ours": total * 1e3} if known else {})
-    base = {"case": "C8", "title": "compile q3n", "mode": "fwd+bwd", "over": "at most", "quiet": True, "notes": notes}
+    base: Record = {"case": "C8", "title": "compile q3n", "mode": "fwd+bwd", "over": "at most", "notes": notes}
+    base["quiet"] = all(quiet(each) for each in (*sides.values(), mine, deep))
     yield base | {"shape": f"cold, f32 {tokens} tokens", "target": (1 / 6, 1 / 8), "ms": ms, "ratio": share}
     yield base | {"shape": "48 layers over 4", "target": (1.3, 1.2), "ms": {}, "ratio": deeper}
     warm = _built(mine, "warm") if known else None

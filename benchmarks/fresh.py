@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from measure import read_clock
 
 # The directories that hold compiled code; each cold start gets empty ones.
 CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "PLAIT_CACHE_DIR", "XDG_CACHE_HOME")
@@ -41,10 +42,24 @@ def _spawn(what: str, side: str, name: str, tokens: int, layers: int, mode: str,
     caches = {} if root is None else {variable: str(Path(root) / variable.lower()) for variable in CACHES}
     caches["OMP_NUM_THREADS"] = str(torch.get_num_threads())
     command = [sys.executable, __file__, what, side, name, str(tokens), str(layers), mode]
+    before, children = read_clock(), _children()
     done = subprocess.run(command, env=os.environ | caches, capture_output=True, text=True, check=False)
     if done.returncode:
         return {"missing": (done.stderr.strip().splitlines() or ["no message"])[-1]}
-    return json.loads(done.stdout.splitlines()[-1])
+    after = read_clock()
+    others = (after.busy - before.busy) - (_children() - children)
+    return json.loads(done.stdout.splitlines()[-1]) | {"others": max(0.0, others / (after.wall - before.wall))}
+
+
+def _children() -> float:
+    """CPU seconds of the processes we started and saw end."""
+    times = os.times()
+    return times.children_user + times.children_system
+
+
+def quiet(times: dict[str, Any]) -> bool:
+    """No process's time was shared: others used less than a quarter of a core meanwhile."""
+    return all(times[which]["others"] < 0.25 for which in ("cold", "warm") if which in times)
 
 
 def _steps(side: str, name: str, tokens: int, layers: int, mode: str) -> Callable[[], Callable[[], object]]:

@@ -167,8 +167,9 @@ class CompiledModel(torch.nn.Module):
     # -- weights --------------------------------------------------------------------------
 
     def save(self, path: Path | str) -> None:
-        """Write the weights, with the text of the spec, as one safetensors file."""
-        save_tensors(path, dict(self.named_parameters()), {"format": "plait", "spec": self.description})
+        """Write the weights, with the text of the spec and their dtype, as one safetensors file."""
+        dtype = next(name for name, d in DTYPES.items() if d == next(self.parameters()).dtype)
+        save_tensors(path, dict(self.named_parameters()), {"format": "plait", "spec": self.description, "dtype": dtype})
 
     def load_from(self, other: torch.nn.Module) -> CompiledModel:
         """Take another model's weights; both must have the same parameters."""

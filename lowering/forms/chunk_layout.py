@@ -12,8 +12,8 @@ from torch import Tensor
 from ...ir.errors import DataError
 
 CHUNK = 64
-# Lanes x chunks worked on together: large enough to hide call overhead, small enough that a group stays in a core's L2.
-GROUP = 32
+# Rows (lanes x chunks x chunk size) worked on together: enough to hide call overhead, few enough to stay near a core's cache.
+GROUP = 2048
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Chunks:
 
     def groups(self) -> Iterator[tuple[int, int]]:
         """Ranges of chunks that are worked on together."""
-        width = max(1, GROUP // self.lanes)
+        width = max(1, GROUP // max(1, self.lanes * self.size))
         for low in range(0, self.count, width):
             yield low, min(low + width, self.count)
 

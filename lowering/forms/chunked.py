@@ -175,7 +175,7 @@ def forward(x: Operands, *, keep: bool) -> tuple[Tensor, Tensor, Saved | None]:
     gates = gates_of(x, chunks)
     shape = (x.states, x.v.shape[2], x.k.shape[3], x.v.shape[3])
     final = x.v.new_zeros(shape, dtype=x.dtype) if x.state is None else x.state.to(x.dtype, copy=True).contiguous()
-    saved = Saved(*(x.v.new_empty(s, dtype=x.dtype) for s in saved_shapes(x))) if keep else None
+    saved = _room(x, chunks) if keep else None
     lane = (chunks.lanes, *shape[2:])
     slots = saved.states.unbind(0) if saved else (x.v.new_empty(lane, dtype=x.dtype),)
     walk = Walk(slots, chunks.begins(), chunks.ends(), final.view(len(final) * shape[1] // max(chunks.lanes, 1), *lane))
@@ -184,6 +184,14 @@ def forward(x: Operands, *, keep: bool) -> tuple[Tensor, Tensor, Saved | None]:
         group = Group(x, gates, chunks, low, high)
         group.store(_outputs(group, walk, saved), o)
     return o, final, saved
+
+
+def _room(x: Operands, chunks: Chunks) -> Saved:
+    """Tensors for what backward needs; what no chunk fills is zero, so that equal calls give equal results."""
+    room = [x.v.new_empty(s, dtype=x.dtype) for s in saved_shapes(x)]
+    for tensor in room:
+        tensor[chunks.count :].zero_()
+    return Saved(*room)
 
 
 def _outputs(group: Group, walk: Walk, saved: Saved | None) -> Tensor:

@@ -148,6 +148,10 @@ def _differentiate(ctx: Any, do: Maybe, dfinal: Maybe, *unused: Maybe) -> tuple[
     return (*(None if x is None else g for x, g in zip(saved[:6], grads, strict=True)), None, None, None, None)
 
 
+def _differentiate_again(ctx: Any, *grads: Maybe) -> tuple[Maybe, ...]:
+    raise PlaitError("linear_recurrence has no second derivative; differentiate the op's reference in plait.ir.ops instead")
+
+
 _library.impl("linear_recurrence", opaque(_forward), "CompositeExplicitAutograd")
 _library.impl("linear_recurrence_backward", opaque(_backward), "CompositeExplicitAutograd")
 torch.library.register_fake("plait::linear_recurrence", _fake_forward, lib=_library)
