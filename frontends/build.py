@@ -67,7 +67,8 @@ def _blocks(b: Builder, spec: ModelSpec, plan: Plan, x: Value, shared: dict[str,
         layers[kind] = build_layer(kind, spec, plan.dtype, reads, title)
     for i, kind in enumerate(spec.blocks):
         with b.at(f"layers.{i}"):
-            made = b.call(layers[kind], x, *(shared[n] for n in _reads(kind, plan) if n in shared), params=f"layers.{i}")
+            own = {**shared, "seed": ops.fork_seed(shared["seed"], stream=i)} if plan.training else shared
+            made = b.call(layers[kind], x, *(own[n] for n in _reads(kind, plan) if n in own), params=f"layers.{i}")
         x, *balance = made if isinstance(made, tuple) else (made,)
         losses += balance
     return x, losses

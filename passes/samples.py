@@ -118,7 +118,7 @@ def _integers(node: Node, name: str, wanted: tuple[int, ...], sizes: Mapping[str
             return torch.bincount(torch.randint(0, wanted[0], (rows,), generator=rng), minlength=wanted[0])
         case "combine", "order":
             return torch.randperm(wanted[0], generator=rng)
-        case "dropout", "seed":
+        case "dropout" | "fork_seed", "seed":
             return torch.tensor(7)
         case _:
             return None

@@ -45,7 +45,8 @@ class CompiledLayer(torch.nn.Module):
             for d in dims:
                 if args[i].shape[d] > 1:
                     dynamo.maybe_mark_dynamic(args[i], d)
-        apart, tagged = cast("Any", shapes).patch(use_duck_shape=False), cast("Any", caches).patch(cache_key_tag=self.fingerprint)
+        apart = cast("Any", shapes).patch(use_duck_shape=False)
+        tagged = cast("Any", caches).patch(cache_key_tag=self.fingerprint)
         with dynamo.config.patch(recompile_limit=VARIANTS), apart, tagged:
             return self.compiled(*args)
 

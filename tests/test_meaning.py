@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from plait.ir import OPS, TypeMismatch
+from plait.ir import OPS, TypeMismatch, ops
 from plait.ir.ops import FAMILY
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
@@ -208,3 +208,21 @@ def test_borders_that_are_none_are_refused(borders: list[int]) -> None:
     xs = draw("ssd", 1, 9, 1, 1)
     with pytest.raises(TypeMismatch, match="must rise from 0 to 9"):
         OPS["ssd"].reference(*tensors(*xs.values()), None, torch.tensor(borders))
+
+
+def test_dropout_keeps_the_share_it_says_and_scales_it_up() -> None:
+    x = torch.ones(300, 400, dtype=torch.float64)
+    for p in (0.1, 0.5, 0.9):
+        y = ops.dropout.reference(x, torch.tensor(5), p=p)
+        assert abs(float((y == 0).double().mean()) - p) < 0.005
+        assert abs(float(y.mean()) - 1) < 0.03
+        assert set(y.unique().tolist()) == {0.0, 1 / (1 - p)}
+
+
+def test_forked_seeds_drop_different_elements() -> None:
+    x, seed = torch.ones(200, 300, dtype=torch.float64), torch.tensor(5)
+    kept = [ops.dropout.reference(x, ops.fork_seed.reference(seed, stream=i), p=0.5) > 0 for i in range(4)]
+    for i, a in enumerate(kept):
+        assert torch.equal(a, ops.dropout.reference(x, ops.fork_seed.reference(seed, stream=i), p=0.5) > 0)
+        for b in kept[:i]:
+            assert abs(float((a == b).double().mean()) - 0.5) < 0.02

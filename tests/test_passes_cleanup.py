@@ -159,7 +159,7 @@ def test_cse_merges_equal_ops_on_equal_operands():
         "a = silu(x)\nc = sigmoid(x)\nreturn a, c",
         "a = scale(x, by=2.0)\nc = scale(x, by=3.0)\nreturn a, c",
         "a, c = split(x, sizes=(5, 7))\nd, e = split(x, sizes=(7, 5))\nreturn a, c, d, e",
-        "a = dropout(x, seed, p=0.5, stream=1)\nc = dropout(x, seed, p=0.5, stream=2)\nreturn a, c",
+        "a = fork_seed(seed, stream=1)\nc = fork_seed(seed, stream=2)\nreturn a, c",
         "a = dropout(x, seed, p=0.5)\nc = dropout(x, seed, p=0.5)\nreturn a, c",
         "a = all_gather(w, axis='cp', dim=0)\nc = all_gather(w, axis='cp', dim=0)\nreturn a, c",
         "a = concat(x, x)\nc = concat(x, z)\nreturn a, c",

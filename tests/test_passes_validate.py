@@ -82,7 +82,7 @@ WRONG: dict[str, dict[str, Any]] = {
     "dropped decay": {"op": "neg_exp", "into": "silu"},
     "residual twice": {"op": "add", "order": (0, 0)},
     "residual lost": {"op": "add", "order": (1, 1)},
-    "wrong dropout stream": {"op": "dropout", "stream": 1},
+    "wrong dropout stream": {"op": "fork_seed", "stream": 99},
     "wrong dropout rate": {"op": "dropout", "p": 0.31},
     "dropout left out": {"op": "dropout", "into": "scale", "order": (0,), "by": 1.0},
     "conv without activation": {"op": "causal_conv1d", "act": "none"},

@@ -30,7 +30,7 @@ from .pointwise import (
     widen,
 )  # fmt: skip
 from .position import frequencies, positions, rope
-from .random import dropout
+from .random import dropout, fork_seed
 from .recurrence import (
     FAMILY,
     Traits,
@@ -47,7 +47,7 @@ from .shape import concat, last_token, reshape, sides, split
 __all__ = [
     "ACTIVATIONS", "COLLECTIVES", "FAMILY", "Traits", "add", "add_bias", "all_gather", "all_reduce", "all_to_all",
     "attention", "cache_write", "cast", "causal_conv1d", "clamp", "combine", "concat", "cross_entropy", "delta_rule",
-    "dispatch", "dropout", "embedding", "frequencies", "gated_delta_rule", "gated_linear_attention", "gelu",
+    "dispatch", "dropout", "embedding", "fork_seed", "frequencies", "gated_delta_rule", "gated_linear_attention", "gelu",
     "grouped_linear", "kimi_delta_attention", "l2_norm", "last_token", "layer_norm", "linear", "linear_cross_entropy",
     "load_balance_loss", "mul", "neg_exp", "order_parts", "positions", "reduce_scatter", "relu", "relu2", "reorder",
     "reshape", "retention", "rms_norm", "rope", "route", "scale", "scale_columns", "scale_heads", "scale_rows", "segments",

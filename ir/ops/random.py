@@ -11,16 +11,32 @@ from ..op import op
 Tensor = torch.Tensor
 
 
-@op("x[...], seed:i64[] -> y[...]", scan="...", flops="4*rest", linear="x")
-def dropout(x: Tensor, seed: Tensor, *, p: float, stream: int = 0) -> Tensor:
-    """x / (1 - p) where an element is kept, else 0; `stream` tells the dropouts of one step apart"""
-    index = torch.arange(x.numel(), device=x.device).reshape(x.shape)
-    h = index * 0x9E3779B1 + (seed + stream * 0x632BE5AB) * 0x85EBCA77
-    for shift, factor in ((15, 0x2C1B3C6D), (12, 0x297A2D39), (15, 1)):  # a finalizer: every bit in reaches every bit out
+def scramble(h: Tensor) -> Tensor:
+    """31 bits in which every bit of h has a say (the finalizer of a hash)."""
+    for shift, factor in ((15, 0x2C1B3C6D), (12, 0x297A2D39), (15, 1)):
         h = ((h ^ (h >> shift)) & 0x7FFFFFFF) * factor & 0xFFFFFFFF
-    return torch.where(h >= int(p * 2**32), x / (1 - p), torch.zeros_like(x))
+    return h & 0x7FFFFFFF
+
+
+@op("x[...], seed:i64[] -> y[...]", scan="...", flops="4*rest", linear="x")
+def dropout(x: Tensor, seed: Tensor, *, p: float) -> Tensor:
+    """x / (1 - p) where an element is kept, else 0; which ones depends on the seed and their places alone"""
+    index = torch.arange(x.numel(), device=x.device).reshape(x.shape)
+    kept = scramble(index * 0x9E3779B1 + seed * 0x85EBCA77) >= int(p * 2**31)
+    return torch.where(kept, x / (1 - p), torch.zeros_like(x))
+
+
+@op("seed:i64[] -> y:i64[]")
+def fork_seed(seed: Tensor, *, stream: int) -> Tensor:
+    """A seed of its own for each stream: layers that share one graph drop different elements"""
+    return scramble(seed * 0x632BE5AB + stream * 0x9E3779B1)
 
 
 @dropout.samples
 def _(sample: Any) -> list[Any]:
     return [sample.randn(3, 5), torch.tensor(7), {"p": 0.3}]
+
+
+@fork_seed.samples
+def _(sample: Any) -> list[Any]:
+    return [torch.tensor(7), {"stream": 3}]

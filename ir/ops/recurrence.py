@@ -11,6 +11,7 @@ RetNet (2307.08621).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ def segments(batch: int, length: int, cu: Tensor | None) -> list[tuple[int, int,
     borders = [int(x) for x in cu]
     if batch != 1 or borders[0] != 0 or borders[-1] != length or borders != sorted(borders):
         raise TypeMismatch(f"cu is {borders} for {batch} x {length} tokens; it must rise from 0 to {length}, with a batch of 1")
-    return [(0, a, b) for a, b in zip(borders, borders[1:], strict=False)]
+    return [(0, a, b) for a, b in pairwise(borders)]
 
 
 def recur(
@@ -79,7 +80,7 @@ def _per_key(decay: Tensor) -> Tensor:
 
 _QKV = "q[b t g k], k[b t g k], v[b t (g r) v]"
 _STATE = "state[n (g r) k v]?, cu:i64[n+1]? -> o:v[b t (g r) v], final:acc[n (g r) k v]"
-_ROLES: dict[str, Any] = dict(map="b g r v", scan="t", whole="k n", same="n b cu")
+_ROLES: dict[str, Any] = {"map": "b g r v", "scan": "t", "whole": "k n", "same": "n b cu"}
 _DELTA = "6*b*t*g*r*k*v"
 _ADDITIVE = "4*b*t*g*r*k*v"
 

@@ -15,8 +15,11 @@ EMULATED = frozenset(dtype for dtype, names in _NATIVE.items() if not any(_HAS.g
 
 
 def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
-    """y = x w^T + bias; bf16 and f16 go through float32 on processors without instructions for them."""
+    """y = x w^T + bias; bf16 and f16 go through float32 on processors without instructions for them.
+
+    A single row is read-bound, and stays as it is: widening its weights would cost more than the product.
+    """
     w, bias = w.to(x.dtype), None if bias is None else bias.to(x.dtype)
-    if x.device.type != "cpu" or x.dtype not in EMULATED:
+    if x.device.type != "cpu" or x.dtype not in EMULATED or all(n == 1 for n in x.shape[:-1]):
         return F.linear(x, w, bias)
     return F.linear(x.float(), w.float(), None if bias is None else bias.float()).to(x.dtype)
