@@ -63,7 +63,8 @@ def load(path: str | Path, **options: Any) -> CompiledModel:
     text = found.get("spec", "")
     if not text:
         raise CheckpointError(f"{path}: holds no spec, so plait did not write it; compile the spec and call load on the model")
-    return compile(load_spec(_fields(text, path)), **{"dtype": found.get("dtype", ""), **options}).load(path)
+    wanted: dict[str, Any] = {"dtype": found.get("dtype", ""), **options}
+    return compile(load_spec(_fields(text, path)), **wanted).load(path)
 
 
 def _fields(text: str, path: str | Path) -> dict[str, Any]:

@@ -52,8 +52,11 @@ class CompiledModel(torch.nn.Module):
 
     def _run(self, variant: Variant, *inputs: Tensor) -> tuple[Tensor, ...]:
         runner = self.runner(variant)
-        own = dict(self.named_parameters(remove_duplicate=False))
-        return runner(inputs, [own[name] for name in runner.program.parameters])
+        return runner(inputs, self._arguments(runner))
+
+    def _arguments(self, runner: Runner) -> list[Tensor]:
+        """The parameters in the order a program takes them."""
+        return [self.get_parameter(name) for name in runner.program.parameters]
 
     # -- use ------------------------------------------------------------------------------
 
@@ -142,7 +145,8 @@ class CompiledModel(torch.nn.Module):
         states = self.fresh_states(tokens.shape[0], tokens.shape[1] + max_new_tokens)
         done, at = torch.zeros(tokens.shape[0], dtype=torch.bool, device=tokens.device), 0
         for _ in range(max_new_tokens):
-            logits, *states = self._run(Variant("cached"), tokens, torch.tensor(at, device=tokens.device), *states)
+            with torch.inference_mode():  # a step has nothing to remember
+                logits, *states = self._run(Variant("cached"), tokens, torch.tensor(at, device=tokens.device), *states)
             at += tokens.shape[1]
             new = pick(logits[:, -1], temperature, top_k, rng)
             new = new if stop is None else torch.where(done, stop, new)

@@ -50,7 +50,7 @@ def _one_token(x: Tensor, w: Tensor, bias: Tensor | None, state: Tensor | None, 
     past = x.new_zeros(x.shape[0], x.shape[2], w.shape[1] - 1) if state is None else state.to(x.dtype)
     window = torch.cat([past, x.transpose(1, 2)], 2)
     y = (_wide(window) * _wide(w)).sum(2) + (0 if bias is None else _wide(bias))
-    return (F.silu(y) if act == "silu" else y).to(x.dtype)[:, None], window[:, :, 1:]
+    return (F.silu(y) if act == "silu" else y).to(x.dtype)[:, None], window[:, :, 1:].contiguous()
 
 
 @own_precision
