@@ -28,7 +28,7 @@ from plait.runtime.rundir import checkpoint_file, clear_run
 from plait.runtime.train import History, Options, evaluate, train
 
 LIMIT = 16 * 2**20
-RECIPE = Options(batch=16, length=256, lr=3e-3, warmup=30, eval_every=25, eval_rows=16, save_every=100)
+RECIPE = Options(batch=8, length=256, lr=3e-3, warmup=30, eval_every=40, eval_rows=32, save_every=200)
 
 
 def main() -> int:
