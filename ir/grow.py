@@ -98,6 +98,8 @@ class Grower:
     def _placed(self, op: OpDef, types: Types, attrs: dict[str, Any]) -> Types:
         """One letter made symbolic, split and ordered, and the operands made partial, where the op can take that."""
         uses = op.bind(types, attrs).uses
+        if not uses:  # scalars alone
+            return types
         letter, size = self.rng.choice(sorted(uses)), self.rng.choice(["s", "4*b*s", "n+1"])
         dim, partial = (
             Dim(size, self.rng.choice(SPLITS), self.rng.choice(["", "zigzag(2)"])),
