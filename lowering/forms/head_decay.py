@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -48,15 +49,22 @@ class HeadDecay:
         return HeadDecay(*(x[low:high] for x in (self.log, self.query, self.key, self.write, self.fade)))
 
 
-# Below these, exp is nothing beside the rest, and its products would be subnormal: a matmul over those runs 250 times slower.
-_LOG_FLOOR = {torch.float32: -64.0, torch.float64: -600.0}
+# Factors this small are nothing beside the rest and become zero: their products with gradients would be subnormal, and a
+# matmul over those runs up to 250 times slower.
+_LOG_FLOOR = {torch.float32: -40.0, torch.float64: -600.0}
+
+
+def _factor(log: Tensor, dtype: torch.dtype) -> Tensor:
+    """exp in place, zero where it is next to nothing."""
+    floor = _LOG_FLOOR[dtype]
+    return torch.threshold_(log.clamp_(floor, 0).exp_(), 1.001 * math.exp(floor), 0.0)
 
 
 def head_decay(gate: Tensor, beta: Tensor, scale: float) -> HeadDecay:
     """Sums of a float64 gate[chunk, lane, row]: float64 because differences of large sums must stay exact to float32."""
-    log, floor = gate.cumsum(-1), _LOG_FLOOR[beta.dtype]
-    rise = log.clamp(min=floor).exp_().to(beta.dtype).unsqueeze(-1)
-    fall = (log[..., -1:] - log).clamp_(min=floor).exp_().to(beta.dtype).unsqueeze(-1)
+    log = gate.cumsum(-1)
+    rise = _factor(log.clone(), beta.dtype).to(beta.dtype).unsqueeze(-1)
+    fall = _factor(log[..., -1:] - log, beta.dtype).to(beta.dtype).unsqueeze(-1)
     return HeadDecay(log, rise * scale, -(rise * beta), fall, rise[:, :, -1:])
 
 
@@ -67,7 +75,7 @@ def head_factors(q: Tensor, k: Tensor, decay: HeadDecay, beta: Tensor | None, sc
     pairs = q.new_empty((kinds, m, lanes, size, size))
     first = pairs[0]
     torch.sub(decay.log.unsqueeze(-1), decay.log.unsqueeze(-2), out=first)
-    first.clamp_(_LOG_FLOOR[q.dtype], 0).exp_().tril_()
+    _factor(first, q.dtype).tril_()
     dots = q.new_empty((kinds, m * heads, size, size))
     read, write = q.new_empty((kinds, m, lanes, size, width)), q.new_empty((m, lanes, size, width))
     queries, keys = q.view(-1, size, width), k.view(-1, size, width)
