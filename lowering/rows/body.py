@@ -15,7 +15,7 @@ def section_lines(w: Writer) -> list[str]:
     head = _axes(w)
     for i, store in enumerate(s.piece.stores):
         if store.sums and not _visits(w, store):
-            w.head.append(f"sum{i} = tl.zeros({_kept_shape(w, store)}, tl.float32)")
+            w.head.append(f"sum{i} = tl.zeros({_sum_shape(w, store)}, tl.float32)")
     for depth in range(1, _deepest(s) + 1):
         _phase(w, depth)
     _stores(w)
@@ -151,8 +151,9 @@ def _kept(w: Writer, store: Store) -> list[Axis]:
     return [a for a in w.section.inner if a in axes]
 
 
-def _kept_shape(w: Writer, store: Store) -> list[int]:
-    return [1, *w.shape(frozenset(_kept(w, store)))[1:]]
+def _sum_shape(w: Writer, store: Store) -> list[int]:
+    """A sum is kept per place of the tile, and added up once, behind the loop."""
+    return [w.section.units if w.section.outer else 1, *w.shape(store.expr.axes)[1:]]
 
 
 def _visits(w: Writer, store: Store) -> bool:
@@ -162,20 +163,12 @@ def _visits(w: Writer, store: Store) -> bool:
 
 def _accumulate(w: Writer, store: Store, name: str) -> None:
     """Add this block of rows to a sum over rows."""
-    kept = _kept(w, store)
-    value, over = w.text(store.expr), [a for a in w.section.inner if a not in kept]
-    spare = [a for a in over if a in store.domain and a not in store.expr.axes]
-    along = [a for a in over if a in store.expr.axes]
+    value = w.text(store.expr)
     if not store.expr.axes:
         value = f"({value} + {w.point(frozenset())[0]}.to(tl.float32))"
-    masks = (["m_u"] if w.section.outer else []) + [f"m_{a.name}" for a in along if w.masked(a)]
+    masks = (["m_u"] if w.section.outer else []) + [f"m_{a.name}" for a in _along(w, store) if w.masked(a)]
     if masks:
         value = f"tl.where({' & '.join(masks)}, {value}, 0.0)"
-    for axis in reversed(along):
-        value = f"tl.sum({value}, axis={w.place(axis)}, keep_dims=True)"
-    value = f"tl.sum({value}, axis=0, keep_dims=True)"
-    for axis in spare:
-        value = f"{value} * {axis.size}.0"
     if not _visits(w, store):
         w.body.append(f"{name} += {value}")
         return
@@ -184,10 +177,27 @@ def _accumulate(w: Writer, store: Store, name: str) -> None:
     assert w.part is not None
     w.part += [
         f"p_a = {pointer}",
-        f"v_a = {value} + tl.load(p_a, mask={inside}, other=0.0)",
+        f"v_a = {_added(w, store, value)} + tl.load(p_a, mask={inside}, other=0.0)",
         "tl.debug_barrier()",
         f"tl.store(p_a, v_a{f', mask={mask}' if mask else ''})",
     ]
+
+
+def _along(w: Writer, store: Store) -> list[Axis]:
+    """The inner axes that a sum runs along."""
+    kept = _kept(w, store)
+    return [a for a in w.section.inner if a in store.expr.axes and a not in kept]
+
+
+def _added(w: Writer, store: Store, value: str) -> str:
+    """A tile added up over its units and along the axes that are not kept."""
+    for axis in reversed(_along(w, store)):
+        value = f"tl.sum({value}, axis={w.place(axis)}, keep_dims=True)"
+    value = f"tl.sum({value}, axis=0, keep_dims=True)"
+    kept = _kept(w, store)
+    for axis in (a for a in w.section.inner if a in store.domain and a not in store.expr.axes and a not in kept):
+        value = f"{value} * {axis.size}.0"
+    return value
 
 
 def _pointer(w: Writer, store: Store) -> tuple[str, str]:
@@ -205,5 +215,5 @@ def _tails(w: Writer) -> list[str]:
     for i, store in enumerate(w.section.piece.stores):
         if store.sums and not _visits(w, store):
             pointer, mask = _pointer(w, store)
-            lines.append(f"tl.store({pointer}, sum{i}{f', mask={mask}' if mask else ''})")
+            lines.append(f"tl.store({pointer}, {_added(w, store, f'sum{i}')}{f', mask={mask}' if mask else ''})")
     return lines

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from ...ir import Node, ops
 from ...ir.signature import Operand, bind, spread
 from .expr import Expr
-from .index import Index, Turned, side_of
+from .index import Index, Modulo, Swapped, side_of
 from .pull import FORMS, Puller, Where, form, joined, number, sizes
 
 # -- pointwise ----------------------------------------------------------------------------
@@ -247,17 +247,34 @@ def _rope(pull: Puller, node: Node, out: int, where: Where) -> Expr:
     a, m, j = node.attrs, pull.pool.make, where[-1]
     size = number(sizes(node.operands[0])[-1], "rope")
     width = int(size * a["fraction"])
+    step = 2 if a["interleaved"] else math.gcd(width // 2, size)  # places that are turned alike stand together
+    group, within = j.divided(step)
+    partner, second, pair = _interleaved(pull, group, within) if a["interleaved"] else _halves(pull, group, within, width, step, size)
     x, p = pull.operand(node, 0, where), pull.at(node.operands[1], where[:2])
-    partner = pull.operand(node, 0, (*where[:-1], Index(((Turned(j, width, a["interleaved"], size), 1),))))
-    place = pull.pool.index(j)
-    table = (width, a["theta"], a["interleaved"], *a["scaling"])
-    angle = m("rope_angle", p, place, params=table)
-    cos, sin = m("cos", angle), m("sin", angle)
-    second = m("odd", place) if a["interleaved"] else m("ge", place, params=(width // 2,))
-    turn = m("where", second, sin, m("neg", sin))
-    turn = m("neg", turn) if a.get("inverse") else turn
-    made = m("add", m("mul", x, cos), m("mul", partner, turn))
-    return made if width == size else m("where", m("ge", place, params=(width,)), x, made)
+    other = pull.operand(node, 0, (*where[:-1], partner))
+    angle = (p, pull.pool.index(pair))
+    table = (width, a["theta"], *a["scaling"])
+    cos, sin = m("rope_wave", *angle, params=(1, *table)), m("rope_wave", *angle, params=(0, *table))
+    turn = m("where", second, m("neg", sin), sin) if a["inverse"] else m("where", second, sin, m("neg", sin))
+    made = m("add", m("mul", x, cos), m("mul", other, turn))
+    return made if width == size else m("where", m("ge", pull.pool.index(group), params=(width // step,)), x, made)
+
+
+def _interleaved(pull: Puller, group: Index, within: Index) -> tuple[Index, Expr, Index]:
+    """Neighbours turn together: the other place, whether this is the second, and which pair it is."""
+    return group * 2 + within * -1 + 1, pull.pool.make("ge", pull.pool.index(within), params=(1,)), group
+
+
+def _halves(pull: Puller, group: Index, within: Index, width: int, step: int, size: int) -> tuple[Index, Expr, Index]:
+    """Halves turn together, `step` places at a time."""
+    half = width // 2 // step
+    if width == size and half == 1:
+        swapped, first = group * -1 + 1, Index()
+    else:
+        swapped = Index(((Swapped(group, half, size // step), 1),))
+        first = Index(((Modulo(group, half, half), 1),)) if half > 1 else Index()
+    second = pull.pool.make("ge", pull.pool.index(group), params=(half,))
+    return swapped * step + within, second, first * step + within
 
 
 # -- sums over rows -----------------------------------------------------------------------

@@ -42,12 +42,11 @@ class Extent:
 
 
 @dataclass(frozen=True)
-class Turned:
-    """The place that rope pairs with place `of`: the other half, or the neighbour, of the first `width`."""
+class Swapped:
+    """Place `of` with the first two runs of `half` places swapped."""
 
     of: Index
-    width: int
-    interleaved: bool
+    half: int
     size: int
 
     @property
@@ -55,7 +54,20 @@ class Turned:
         return self.size - 1
 
 
-Term = Axis | Extent | Turned
+@dataclass(frozen=True)
+class Modulo:
+    """Place `of` modulo `by`."""
+
+    of: Index
+    by: int
+    size: int
+
+    @property
+    def last(self) -> int:
+        return self.size - 1
+
+
+Term = Axis | Extent | Swapped | Modulo
 
 
 class NeedSplit(Exception):
@@ -106,7 +118,7 @@ class Index:
         """The axes that it runs along."""
         found = set[Axis]()
         for term, _ in self.terms:
-            found |= {term} if isinstance(term, Axis) else term.of.axes if isinstance(term, Turned) else set()
+            found |= {term} if isinstance(term, Axis) else term.of.axes if isinstance(term, Swapped | Modulo) else set()
         return frozenset(found)
 
     def within(self, size: Size) -> tuple[bool, bool]:

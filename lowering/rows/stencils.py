@@ -91,13 +91,15 @@ def _anticausal(pull: Puller, node: Node, out: int, where: Where) -> Expr:
 
 @form("conv1d_taps")
 def _tap(pull: Puller, node: Node, out: int, where: Where) -> Expr:
-    return pull.pool.partial(f"sum{pull.graph.nodes.index(node)}", where[0] * _taps(node) + where[1])
+    width = number(sizes(node.operands[1])[2], "conv1d_taps")
+    return pull.pool.partial(f"sum{pull.graph.nodes.index(node)}", where[1] * width + where[0])
 
 
 def tap_sums(node: Node) -> Iterator[tuple[tuple[Size, ...], Callable[[Puller, Where], Expr], Callable[[Where], Index], int]]:
     """One sum over rows per tap: the dims it runs over, what is summed, where it goes, and how many places there are."""
     k = _taps(node)
     dims = tuple(sizes(node.operands[1]))
+    width = number(dims[2], "conv1d_taps")
 
     def at(i: int) -> Callable[[Puller, Where], Expr]:
         def product(pull: Puller, where: Where) -> Expr:
@@ -107,7 +109,7 @@ def tap_sums(node: Node) -> Iterator[tuple[tuple[Size, ...], Callable[[Puller, W
         return product
 
     def place(i: int) -> Callable[[Where], Index]:
-        return lambda where: where[2] * k + i
+        return lambda where: where[2] + i * width
 
     for i in range(k):
-        yield dims, at(i), place(i), int(dims[2]) * k
+        yield dims, at(i), place(i), width * k

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from .index import Axis, Extent, Index
+from .index import Axis, Extent, Index, Modulo, Term
 
 # {0}, {1}, ... are the arguments.
 TEXT: Mapping[str, str] = {
@@ -13,7 +13,7 @@ TEXT: Mapping[str, str] = {
     "sigmoid": "1.0 / (1.0 + tl.exp(-{0}))", "tanh": "tanh({0})", "log1p": "log1p({0})", "erf": "tl.erf({0})",
     "max": "tl.maximum({0}, {1}, propagate_nan=tl.PropagateNan.ALL)",
     "min": "tl.minimum({0}, {1}, propagate_nan=tl.PropagateNan.ALL)",
-    "gt": "{0} > {1}", "odd": "({0} % 2) == 1", "cos": "tl.cos({0})", "sin": "tl.sin({0})",
+    "gt": "{0} > {1}",
     "where": "tl.where({0}, {1}, {2})",
 }  # fmt: skip
 
@@ -38,17 +38,29 @@ def log1p(x):
     u = 1.0 + x
     return tl.where(u == 1.0, x, tl.log(u) * (x / (u - 1.0)))
 ''',
-    "rope_angle": '''
+    "rope_wave": '''
 @triton.jit
-def rope_angle(p, i, RATE: tl.constexpr, FACTOR: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, LENGTH: tl.constexpr):
-    """p * theta^(-2 i / width) less whole turns, in float64 so that far positions stay sharp; RATE is 2 log2(theta) / width."""
-    f = tl.exp2(i.to(tl.float64) * -RATE)
+def rope_wave(
+    p, i, QUARTER: tl.constexpr, RATE: tl.constexpr, FACTOR: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
+    LENGTH: tl.constexpr,
+):
+    """The sine of p theta^(-2 i / width), a quarter turn on: the cosine; RATE is 2 log2(theta) / width.
+
+    Turns are counted in float64, so that far positions stay sharp; within an eighth of a turn, polynomials (Cephes).
+    """
+    f = tl.exp2(i.to(tl.float64) * -RATE) * 0.15915494309189535
     if FACTOR > 0:
-        blend = (LENGTH * f * 0.15915494309189535 - LOW) / (HIGH - LOW)
-        blend = tl.minimum(tl.maximum(blend, 0.0), 1.0)
+        blend = tl.minimum(tl.maximum((LENGTH * f - LOW) / (HIGH - LOW), 0.0), 1.0)
         f = f * (blend + (1.0 - blend) / FACTOR)
-    turns = p.to(tl.float64) * f * 0.15915494309189535
-    return ((turns - tl.floor(turns + 0.5)) * 6.283185307179586).to(tl.float32)
+    turns = p.to(tl.float64) * f
+    quarters = tl.floor(turns * 4.0 + 0.5)
+    x = ((turns - quarters * 0.25) * 6.283185307179586).to(tl.float32)
+    q = (quarters - 4.0 * tl.floor(quarters * 0.25)).to(tl.int32) + QUARTER
+    z = x * x
+    s = ((-1.9515295891e-4 * z + 8.3321608736e-3) * z - 1.6666654611e-1) * z * x + x
+    c = ((2.443315711809948e-5 * z - 1.388731625493765e-3) * z + 4.166664568298827e-2) * z * z - 0.5 * z + 1.0
+    y = tl.where((q & 1) == 1, c, s)
+    return tl.where((q & 2) == 2, -y, y)
 ''',
 }
 
@@ -60,27 +72,31 @@ def number(value: float) -> str:
     return 'float("nan")' if math.isnan(value) else repr(value)
 
 
-def rope_arguments(table: Sequence[object], place: str) -> str:
-    """What `rope_angle` takes behind the position."""
-    width, theta, interleaved, *scaling = (float(x) for x in table)  # type: ignore[arg-type] # numbers by construction
-    i = f"{place} // 2" if interleaved else f"{place} % {int(width) // 2}"
+def rope_arguments(table: Sequence[object]) -> str:
+    """What `rope_wave` takes behind position and pair."""
+    quarter, width, theta, *scaling = (float(x) for x in table)  # type: ignore[arg-type] # numbers by construction
     factor, low, high, length = scaling or (0.0, 0.0, 1.0, 0.0)
-    return f"{i}, {2 * math.log2(theta) / width!r}, {factor!r}, {low!r}, {high!r}, {length!r}"
+    return f"{int(quarter)}, {2 * math.log2(theta) / width!r}, {factor!r}, {low!r}, {high!r}, {length!r}"
+
+
+def _term(term: Term, sizes: Mapping[str, str]) -> str:
+    if isinstance(term, Axis):
+        return term.name
+    if isinstance(term, Extent):
+        return sizes[term.size]
+    inside = index_text(term.of, sizes)
+    if isinstance(term, Modulo):
+        return f"({inside}) % {term.by}"
+    j, half = (inside if len(term.of.terms) == 1 and not term.of.plus else f"({inside})"), term.half
+    swapped = f"tl.where({j} < {half}, {j} + {half}, {j} - {half})"
+    return swapped if 2 * half == term.size else f"tl.where({j} < {2 * half}, {swapped}, {j})"
 
 
 def index_text(index: Index, sizes: Mapping[str, str]) -> str:
     """An index as text; `sizes` are the names of row sizes."""
     parts = list[str]()
     for term, factor in index.terms:
-        if isinstance(term, Axis):
-            name = term.name
-        elif isinstance(term, Extent):
-            name = sizes[term.size]
-        else:
-            j, half = index_text(term.of, sizes), term.width // 2
-            name = f"({j} ^ 1)" if term.interleaved else f"tl.where({j} < {half}, {j} + {half}, {j} - {half})"
-            if term.width < term.size:
-                name = f"tl.where({j} < {term.width}, {name}, {j})"
+        name = _term(term, sizes)
         parts.append(name if factor == 1 else f"{name} * {factor}")
     if index.plus or not parts:
         parts.append(str(index.plus))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from .expr import walk
@@ -13,6 +13,7 @@ from .pieces import Piece
 
 TILE = 4096  # elements of a tile, where rows are narrow enough to choose
 WIDEST = 8192  # elements of a row that one tile holds; longer rows are visited in parts
+HELD = 6  # values per element that registers hold of the widest tile: 65,536 of them are 8 for each of 8,192
 PARTS = 256  # programs that a sum over rows is shared among, whatever the device: the same bits everywhere
 STENCIL = 256  # columns of a tile whose rows are read again by the rows behind them, so that these stand in it too
 SECOND = 128  # columns that a program of the second stage adds up
@@ -29,6 +30,7 @@ class Section:
     looped: bool  # one program visits all parts, because a sum runs along them
     block: int
     units: int
+    second: bool = False  # it adds up partial sums
 
     @property
     def summing(self) -> bool:
@@ -48,35 +50,58 @@ class Section:
         """Programs beside each other along the chunked axis."""
         return 1 if self.chunk is None or self.looped else -(-int(self.chunk.size) // self.block)
 
+    @cached_property
+    def each(self) -> int:
+        """Elements per thread: 16 in float32, fewer where several rows of each operand are held at once."""
+        return (4 if self.summing else 8) if shifted(self.piece) else 16
+
     @property
     def warps(self) -> int:
-        """Of 32 threads with 16 elements each, in float32."""
-        return max(1, min(16, self.elements // 512))
+        """Of 32 threads; eight where a tile is of the usual size. The second stage has more rows of partial sums than its own."""
+        return 4 if self.second else max(1, min(16, self.elements // (32 * self.each)))
 
 
 def sections(pieces: Sequence[Piece], second: bool = False) -> list[Section]:
     """Each piece with its tile; all have tiles of about one size, since they are parts of one launch."""
-    made = [_section(p, 1) for p in pieces]
-    tile = SECOND if second else max([TILE, *(s.elements for s in made)])
-    return [_section(s.piece, 1 if second or s.looped else max(1, tile // s.elements), second) for s in made]
+    made = [_section(p, second) for p in pieces]
+    least = min((s.each for s in made), default=16)
+    tile = 1 if second else max([TILE * least // 16, *(s.elements for s in made)])
+    return [replace(s, units=max(1, tile // s.elements)) for s in made]
 
 
-def _section(piece: Piece, units: int, second: bool = False) -> Section:
-    summed = _summed(piece)
-    kept = {a for s in piece.stores if s.sums for i in s.where for a in i.axes}
+def _section(piece: Piece, second: bool) -> Section:
+    """The inner axes are those that sums run along or keep apart, and as many of the last as fit."""
+    summed, kept = _summed(piece), {a for s in piece.stores if s.sums for i in s.where for a in i.axes}
     inner, size = list[Axis](), 1
-    limit = SECOND if second else STENCIL if _shifted(piece) else TILE
+    limit = SECOND if second else STENCIL if shifted(piece) else TILE
     for axis in reversed(piece.columns):
         wide = padded(int(axis.size))
         if axis in summed | kept or not inner or size * wide <= limit:
             inner, size = [axis, *inner], size * wide
     outer = (*piece.rows, *(a for a in piece.columns if a not in inner))
-    chunk = max(inner, key=lambda a: int(a.size), default=None)
-    if chunk is None or size <= (WIDEST if chunk in summed else limit):
-        return Section(piece, outer, tuple(inner), None, False, 0, units)
-    rest = size // padded(int(chunk.size))
-    block = max(1, (TILE if chunk in summed else limit) // rest)
-    return Section(piece, outer, tuple(inner), chunk, chunk in summed, block, units)
+    chunk, looped, block = _chunk(piece, inner, summed, size, limit)
+    return Section(piece, outer, tuple(inner), chunk, looped, block, 1, second)
+
+
+def _chunk(piece: Piece, inner: Sequence[Axis], summed: set[Axis], size: int, limit: int) -> tuple[Axis | None, bool, int]:
+    """Which inner axis is visited in parts: one that programs can share if there is one, else one that a program loops over."""
+    apart = [a for a in inner if a not in summed]
+    if apart and size > limit:
+        chunk = max(apart, key=lambda a: int(a.size))
+        block = max(1, limit * padded(int(chunk.size)) // size)
+        if size // padded(int(chunk.size)) * block <= WIDEST:
+            return chunk, False, block
+    if size <= (WIDEST if _held(piece) <= HELD else TILE):
+        return None, False, 0
+    chunk = max(inner, key=lambda a: int(a.size))
+    part = TILE // 4 if any(s.sums for s in piece.stores) else TILE
+    return chunk, True, max(1, part * padded(int(chunk.size)) // size)
+
+
+def _held(piece: Piece) -> int:
+    """Values that a tile holds at once: what it reads in full, and the sums that it keeps."""
+    loads = [e for e in walk([s.expr for s in piece.stores]) if e.op == "load" and e.axes >= set(piece.columns)]
+    return len(loads) + sum(s.sums for s in piece.stores)
 
 
 def _summed(piece: Piece) -> set[Axis]:
@@ -85,7 +110,7 @@ def _summed(piece: Piece) -> set[Axis]:
     return {a for e in inside for a in e.params if isinstance(a, Axis)}
 
 
-def _shifted(piece: Piece) -> bool:
+def shifted(piece: Piece) -> bool:
     """Whether it reads other rows than those it writes."""
     loads = [e.load_of()[1] for e in walk([s.expr for s in piece.stores]) if e.op == "load"]
     return any(i.plus and i.axes & set(piece.rows) for where in loads for i in where)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from .expr import Expr, walk
-from .index import Axis, Extent, Index, Turned
+from .index import Axis, Extent, Index, Modulo, Swapped
 from .pieces import Store
 from .text import CASTS, LIBRARY, TEXT, index_text, number, rope_arguments
 from .tiles import PARTS, Section
@@ -134,15 +134,15 @@ class Writer:
             assert isinstance(e.params[0], Index)
             return " & ".join(self.bounds(e.params[0], e.params[1])) or "True"  # type: ignore[arg-type] # a size
         self.calls |= {e.op} & LIBRARY.keys()
-        if e.op == "rope_angle":
-            return f"rope_angle({args[0]}, {rope_arguments(e.params, args[1])})"
+        if e.op == "rope_wave":
+            return f"rope_wave({args[0]}, {args[1]}, {rope_arguments(e.params)})"
         return TEXT[e.op].format(*args)
 
     def index(self, index: Index) -> str:
         for term, _ in index.terms:
             if isinstance(term, Extent):
                 self.use(self.sizes[term.size])
-            if isinstance(term, Turned):
+            if isinstance(term, Swapped | Modulo):
                 self.index(term.of)
         return index_text(index, self.sizes)
 
