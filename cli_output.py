@@ -98,7 +98,7 @@ def write_out(text: str, output: str = "-") -> None:
         sys.stdout.write(text)
         sys.stdout.flush()
         return
-    from plait.runtime.files import write_text
+    from plait.ir.files import write_text
 
     path = os.path.realpath(output)  # a link stays a link
     if not os.path.exists(path) or os.path.isfile(path) or os.path.isdir(path):

@@ -1,7 +1,7 @@
 """Program -> a module that runs, trains, generates and is saved."""
 
+from ..ir.files import write_atomic, write_text
 from .checkpoint import read_metadata, read_tensors, save_tensors
-from .files import write_atomic, write_text
 from .module import CompiledModel, Variant
 from .runner import Runner
 

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..ir import CheckpointError
-from .files import write_atomic
+from ..ir.files import write_atomic
 
 SHOWN = 8  # names listed of each kind of misfit
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from xml.sax.saxutils import escape
 
 from ..ir import DataError
-from .files import write_atomic, write_text
+from ..ir.files import write_atomic, write_text
 from .rundir import Point
 
 Spot = tuple[float, float]

@@ -20,8 +20,8 @@ from typing import Any, cast
 import torch
 
 from ..ir import CheckpointError
+from ..ir.files import write_text
 from .checkpoint import read_tensors, save_tensors
-from .files import write_text
 
 Tensors = Mapping[str, torch.Tensor]
 FORMAT = "plait-run-1"

@@ -20,7 +20,9 @@ CALLS = {
     "eval", "exec", "__import__", "torch.load", "torch.save", "np.load", "numpy.load", "torch.hub.load",
     "os.system", "os.popen",
 }  # fmt: skip
-ALLOWED = set[tuple[str, str]]()  # (file, what it calls): each with the reason that no file can choose what runs
+ALLOWED = {  # (file, what it calls): each with the reason that no file can choose what runs
+    ("lowering/gpu/sources.py", "importlib"),  # runs the text that the generator has in hand, whatever the kept file holds
+}
 LINES, FUNCTION = 400, 40
 
 

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import plait.runtime.files as files
+import plait.ir.files as files
 import pytest
 import torch
 from plait.api import compile

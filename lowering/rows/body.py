@@ -19,13 +19,13 @@ def section_lines(w: Writer) -> list[str]:
     for depth in range(1, _deepest(s) + 1):
         _phase(w, depth)
     _stores(w)
-    units = _units(w)
+    units, tails = _units(w), _tails(w) if s.summing else []
     if w.alone:
         head.append(f"i_0 = tl.zeros({[1] * (1 + len(s.inner))}, tl.int64)")
     if not s.summing:
         return [*head, *units, *w.head, *w.body]
     loop = f"for i_b in range(pid, {_blocks(w)}, {w.use('g')}):"
-    return [*head, *w.head, loop, *_indented([*units, *w.body]), *_tails(w)]
+    return [*head, *w.head, loop, *_indented([*units, *w.body]), *tails]
 
 
 def _indented(lines: list[str]) -> list[str]:

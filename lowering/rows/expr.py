@@ -34,7 +34,9 @@ class Pool:
     known: dict[Hashable, Expr] = field(default_factory=dict[Hashable, Expr])
     loc: str = ""
 
-    def make(self, op: str, *args: Expr | float, params: tuple[Hashable, ...] = (), axes: frozenset[Axis] | None = None) -> Expr:
+    def make(
+        self, op: str, *args: Expr | float, params: tuple[Hashable, ...] = (), axes: frozenset[Axis] | None = None
+    ) -> Expr:
         """An operation on expressions and numbers."""
         operands = tuple(self.const(a) if isinstance(a, float | int) else a for a in args)
         key = (op, tuple(id(a) for a in operands), params, axes)

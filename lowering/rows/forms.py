@@ -24,7 +24,10 @@ def pointwise(name: str, fn: Callable[..., Expr]) -> None:
 
 
 def _plain(op: str) -> Callable[..., Expr]:
-    return lambda p, *xs: p.pool.make(op, *xs)
+    def run(p: Puller, *xs: Expr) -> Expr:
+        return p.pool.make(op, *xs)
+
+    return run
 
 
 def _sigmoid(p: Puller, x: Expr) -> Expr:
@@ -234,9 +237,7 @@ def _reshape(pull: Puller, node: Node, out: int, where: Where) -> Expr:
             rest, at[letter] = rest.divided(number(bound.size[letter], "a group"))
         at[axis.letters[0]] = rest
     groups = [a.letters for a in spread(left, bound.rest)]
-    return pull.operand(
-        node, 0, tuple(joined([at.get(x, Index()) for x in g], [bound.size[x] for x in g]) for g in groups)
-    )
+    return pull.operand(node, 0, tuple(joined([at.get(x, Index()) for x in g], [bound.size[x] for x in g]) for g in groups))
 
 
 # -- rope ---------------------------------------------------------------------------------
@@ -249,7 +250,9 @@ def _rope(pull: Puller, node: Node, out: int, where: Where) -> Expr:
     width = int(size * a["fraction"])
     step = 2 if a["interleaved"] else math.gcd(width // 2, size)  # places that are turned alike stand together
     group, within = j.divided(step)
-    partner, second, pair = _interleaved(pull, group, within) if a["interleaved"] else _halves(pull, group, within, width, step, size)
+    partner, second, pair = (
+        _neighbour(pull, group, within) if a["interleaved"] else _half(pull, group, within, width, step, size)
+    )
     x, p = pull.operand(node, 0, where), pull.at(node.operands[1], where[:2])
     other = pull.operand(node, 0, (*where[:-1], partner))
     angle = (p, pull.pool.index(pair))
@@ -260,12 +263,12 @@ def _rope(pull: Puller, node: Node, out: int, where: Where) -> Expr:
     return made if width == size else m("where", m("ge", pull.pool.index(group), params=(width // step,)), x, made)
 
 
-def _interleaved(pull: Puller, group: Index, within: Index) -> tuple[Index, Expr, Index]:
+def _neighbour(pull: Puller, group: Index, within: Index) -> tuple[Index, Expr, Index]:
     """Neighbours turn together: the other place, whether this is the second, and which pair it is."""
     return group * 2 + within * -1 + 1, pull.pool.make("ge", pull.pool.index(within), params=(1,)), group
 
 
-def _halves(pull: Puller, group: Index, within: Index, width: int, step: int, size: int) -> tuple[Index, Expr, Index]:
+def _half(pull: Puller, group: Index, within: Index, width: int, step: int, size: int) -> tuple[Index, Expr, Index]:
     """Halves turn together, `step` places at a time."""
     half = width // 2 // step
     if width == size and half == 1:

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from ...ir import Graph, dump
-from ...ir.sizes import Size
 from .body import section_lines
 from .expr import Pool
 from .index import Declined
-from .pieces import Piece, pieces, sums_of
+from .pieces import pieces, sums_of
 from .pull import sizes
 from .text import LIBRARY
 from .tiles import Section, sections
@@ -112,7 +111,8 @@ class _Source:
         if len(made) == 1:
             text = _function(name, arguments, _says(made[0]), ["pid = tl.program_id(0)", *_body(texts[0])])
         else:
-            text = "\n\n\n".join([*texts, _function(name, [*arguments, *ends], "each program finds its section", _dispatch(calls))])
+            texts.append(_function(name, [*arguments, *ends], "Each program finds its section.", _dispatch(calls)))
+            text = "\n\n\n".join(texts)
         warps = max(s.warps for s in made)
         return text, Launch(name, (*arguments, *ends), tuple(made), warps)
 
@@ -178,6 +178,3 @@ def _dispatch(calls: Sequence[tuple[str, list[str]]]) -> list[str]:
         branch = f"if pid < e_{i}:" if i == 0 else "else:" if i == len(calls) - 1 else f"elif pid < e_{i}:"
         lines += [branch, f"    {name}({', '.join([start, *arguments])})"]
     return lines
-
-
-__all__ = ["Declined", "Launch", "Piece", "RowKernel", "Size", "row_kernel"]

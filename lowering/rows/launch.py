@@ -52,7 +52,7 @@ def _step(step: Launch, values: Mapping[str, Any], sizes: Mapping[str, int], run
 def blocks(section: Section, sizes: Mapping[str, int]) -> int:
     """How many blocks of units a section has."""
     units = math.prod(a.size if isinstance(a.size, int) else sizes[a.size] for a in section.outer)
-    if isinstance(units, int) and units >= LIMIT:
+    if units >= LIMIT:
         raise TypeMismatch(f"{units} rows in one launch, must be fewer than {LIMIT}; split the batch")
     return (units + section.units - 1) // section.units
 
@@ -75,7 +75,7 @@ def bound(kernel: RowKernel, operands: Sequence[Tensor]) -> dict[str, int]:
     env, first = dict[str, int](), operands[0]
     for value, x in zip(graph.inputs, operands, strict=True):
         if x.device != first.device:
-            raise TypeMismatch(f"{graph.name}: {value.name} is on {x.device}, must be on {first.device} as its other operands are")
+            raise TypeMismatch(f"{graph.name}: {value.name} is on {x.device}, must be on {first.device} as the others are")
         if x.dim() != len(value.type.dims) or x.dtype != DTYPES[value.type.dtype]:
             raise TypeMismatch(f"{graph.name}: {value.name} is {x.dtype}{list(x.shape)}, must be {value.type}")
         for dim, n in zip(value.type.dims, x.shape, strict=True):

@@ -57,7 +57,7 @@ class Section:
 
     @property
     def warps(self) -> int:
-        """Of 32 threads; eight where a tile is of the usual size. The second stage has more rows of partial sums than its own."""
+        """Of 32 threads; eight where a tile is of the usual size."""
         return 4 if self.second else max(1, min(16, self.elements // (32 * self.each)))
 
 

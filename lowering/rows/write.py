@@ -108,7 +108,7 @@ class Writer:
         if e.op == "const":
             return number(float(e.params[0]))  # type: ignore[arg-type] # a const holds a number
         assert e.op == "index" and isinstance(e.params[0], Index)
-        return f"({self.index(e.params[0])})"
+        return f"({' + '.join([self.index(e.params[0]), *self.point(e.axes)])})"
 
     def write(self, e: Expr) -> None:
         if e.op in ("const", "index"):

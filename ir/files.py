@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from ..ir import PlaitError
+from .errors import PlaitError
 
 
 def write_atomic(path: Path | str, write: Callable[[Path], None]) -> None:

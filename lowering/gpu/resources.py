@@ -1,0 +1,100 @@
+"""What a compiled kernel uses: registers, spills, tensor cores, and how wide its loads are."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+from ...ir import PlaitError
+from .aot import Compiled
+
+INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
+USAGE = re.compile(r"\bREG:(\d+) STACK:(\d+)")
+TENSOR_CORE = re.compile(r"HGMMA|QGMMA|IGMMA|HMMA|IMMA|QMMA|OMMA|DMMA|UTC\w*MMA")
+
+
+@dataclass(frozen=True)
+class Resources:
+    """Counts of one kernel; instructions as they stand in its code, run once or a thousand times."""
+
+    registers: int
+    spills: int  # instructions that store registers to memory or load them back (AMD: registers that are)
+    stack: int  # bytes per thread; above zero where registers spill
+    shared: int  # bytes per block
+    tensor_core: Mapping[str, int]  # instruction -> how many
+    loads: int  # from global memory
+    wide_loads: int  # of at least 128 bits
+    stores: int
+    wide_stores: int
+
+
+def resources(compiled: Compiled) -> Resources:
+    """Read from the code itself; no GPU needed."""
+    if "cubin" in compiled.asm:
+        cubin = compiled.asm["cubin"]
+        return _nvidia(cubin if isinstance(cubin, bytes) else cubin.encode(), compiled.shared)
+    return _amd(str(compiled.asm["amdgcn"]), compiled.shared)
+
+
+@lru_cache(maxsize=512)
+def _dump(cubin: bytes) -> str:
+    """What cuobjdump says: resource usage and machine code."""
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", "--dump-sass", file.name]
+        try:
+            return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+        except (OSError, subprocess.SubprocessError) as error:
+            reason = getattr(error, "stderr", None) or error
+            raise PlaitError(f"resources: cuobjdump, which Triton brings, fails on this kernel: {reason}") from None
+
+
+def _nvidia(cubin: bytes, shared: int) -> Resources:
+    text = _dump(cubin)
+    usage = USAGE.search(text)
+    if usage is None:
+        raise PlaitError("resources: cuobjdump names no registers for this kernel; its output has a form that is not known")
+    code = Counter(INSTRUCTION.findall(text))
+    loads = {k: n for k, n in code.items() if re.match(r"LDG(STS)?\b|UTMALDG|UBLKCP", k)}
+    stores = {k: n for k, n in code.items() if re.match(r"STG\b|UTMASTG", k)}
+    cores = Counter(m for k in code.elements() if (m := k.split(".")[0]) and TENSOR_CORE.fullmatch(m))
+    return Resources(
+        int(usage[1]), sum(n for k, n in code.items() if k.startswith(("LDL", "STL"))), int(usage[2]), shared,
+        dict(sorted(cores.items())), sum(loads.values()), _wide(loads), sum(stores.values()), _wide(stores),
+    )  # fmt: skip
+
+
+def _wide(code: Mapping[str, int]) -> int:
+    """Of 128 bits or more, which a bulk copy always is."""
+    return sum(n for k, n in code.items() if re.search(r"\.(128|256)\b|^UTMA|^UBLKCP|ENL2", k))
+
+
+def _amd(text: str, shared: int) -> Resources:
+    code = re.findall(r"^\s+([a-z]\w+)", text, re.MULTILINE)
+    loads = [k for k in code if re.match(r"(global|buffer|flat)_load_", k)]
+    stores = [k for k in code if re.match(r"(global|buffer|flat)_store_", k)]
+    cores = Counter("v_mfma" for k in code if k.startswith("v_mfma"))
+    return Resources(
+        _number(text, "vgpr_count"), _number(text, "vgpr_spill_count"), _number(text, "private_segment_fixed_size"), shared,
+        dict(cores), len(loads), _wide_amd(loads), len(stores), _wide_amd(stores),
+    )  # fmt: skip
+
+
+def _wide_amd(code: Iterable[str]) -> int:
+    return sum(k.endswith(("dwordx4", "b128")) for k in code)
+
+
+def _number(text: str, name: str) -> int:
+    """One line of the metadata at the end of AMD's assembly."""
+    found = re.search(rf"^\s+\.{name}:\s+(\d+)", text, re.MULTILINE)
+    if found is None:
+        raise PlaitError(f"resources: the assembly names no .{name}; its form is not known")
+    return int(found[1])
