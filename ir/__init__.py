@@ -10,10 +10,12 @@ from .op import OPS, REQUIRED, OpDef, op
 from .parse import parse, parse_statements, parse_type
 from .statement import Stmt, Var
 from .types import DTYPES, Dim, Mesh, TensorType, tensor_type
+from .vjp import pullback, reads
 
 __all__ = [
     "DTYPES", "ONES", "OPS", "REQUIRED", "ZEROS", "Builder", "CheckpointError", "DataError", "Dim", "Graph", "Init", "Mesh",
     "Node", "OpDef", "ParseError", "PassError", "PlacementError", "PlaitError", "Replay", "SpecError", "Stmt", "TensorType",
     "TypeMismatch", "Value", "Var", "check_name", "dump", "each_layer", "evaluate", "fill", "gather", "op", "ops",
-    "parameters", "parse", "parse_statements", "parse_type", "retype", "scatter", "simulate", "tensor_type", "trace",
+    "parameters", "parse", "parse_statements", "parse_type", "pullback", "reads", "retype", "scatter", "simulate",
+    "tensor_type", "trace",
 ]  # fmt: skip

@@ -62,7 +62,7 @@ class Grower:
         return self.builder.finish(self.rng.sample(results, min(len(results), self.rng.randrange(1, 4))))
 
     def _emit(self, op: OpDef | Graph, types: Types, attrs: dict[str, Any]) -> None:
-        many = isinstance(op, OpDef) and op.name == "split"  # an attribute says how many results there are
+        many = isinstance(op, OpDef) and (op.name == "split" or any(o.optional for o in op.outputs))  # how many is not certain
         names = [] if many else [self.rng.choice(NAMES) for _ in op.outputs]
         self.values.extend(self.builder.emit(op, [self._operand(t) for t in types], attrs, names, self.rng.choice(LOCS)))
 

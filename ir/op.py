@@ -21,6 +21,7 @@ ROLES = ("map", "sum", "scan", "whole")
 OPS: dict[str, OpDef] = {}
 REQUIRED = inspect.Parameter.empty
 Types = Sequence["TensorType | None"]
+Gradient = str | Callable[[Mapping[str, "TensorType | None"], Mapping[str, Any]], str]
 
 
 @dataclass(frozen=True)
@@ -48,12 +49,15 @@ class OpDef:
     commutes: bool = False
     row: bool = False  # each row of the last dims is computed from that row alone
     linear: tuple[frozenset[str], ...] = ()  # sets of operands in which the op is jointly linear
+    shapes: frozenset[str] = frozenset()  # operands that give their shape alone
     same: Mapping[str, tuple[str, str]] = field(
         default_factory=dict[str, "tuple[str, str]"]
     )  # n -> (b, cu): n is b unless cu is there
     type_rule: Callable[..., Any] | None = None  # only where the signature cannot say it
     rank_rule: Callable[..., list[Any]] | None = None  # collectives: what moves between ranks
     sample_rule: Callable[..., list[Any]] | None = None  # operands that random numbers cannot stand for
+    vjp_rule: Gradient | None = None  # its cotangents, as text
+    constant: str = ""  # why it has no gradient
 
     def __call__(self, *operands: Any, **named: Any) -> Any:
         """On tensors, compute; on values, record."""
@@ -89,6 +93,14 @@ class OpDef:
     def samples(self, rule: Callable[..., list[Any]]) -> None:
         """Say which random operands make sense."""
         self.sample_rule = rule
+
+    def vjp(self, rule: Gradient) -> None:
+        """Say the gradient, as equations over ops; a function of types (by name) and attributes, where these say how many."""
+        self.vjp_rule = rule
+
+    def no_gradient(self, why: str) -> None:
+        """Say why there is none."""
+        self.constant = why
 
     # -- typing ---------------------------------------------------------------------------
 
@@ -137,7 +149,7 @@ class OpDef:
         return found
 
     def role(self, letter: str) -> str:
-        return self.roles["..."] if letter.startswith("...") else self.roles[letter]
+        return "whole" if letter.isdigit() else self.roles["..." if letter.startswith("...") else letter]
 
     def infer(self, types: Types, attrs: Mapping[str, Any]) -> tuple[TensorType, ...]:
         """Types of the results; raises TypeMismatch or PlacementError."""
@@ -175,7 +187,9 @@ class OpDef:
 
     def _partial(self, bound: Binding, types: Types) -> frozenset[str]:
         """Axes the results are partial over: operands that are, and summed letters that are split."""
-        summed = [{*t.partial} if t else set[str]() for t in types]
+        summed = [
+            {*t.partial} if t and o.name not in self.shapes else set[str]() for o, t in zip(self.inputs, types, strict=True)
+        ]
         split = [set[str]() for _ in types]
         for letter, uses in bound.uses.items():
             if self.role(letter) == "sum":
@@ -222,6 +236,7 @@ def op(
     commutes: bool = False,
     row: bool = False,
     linear: str = "",
+    shape: str = "",
     same: str = "",
     **roles: str,
 ) -> Callable[[Callable[..., Any]], OpDef]:
@@ -241,7 +256,9 @@ def op(
             raise ValueError(f"{fn.__name__}: give each dim one role; differing: {sorted(missing)}")
         params = inspect.signature(fn).parameters.values()
         attrs = {p.name: p.default for p in params if p.kind is p.KEYWORD_ONLY}
-        made = OpDef(fn.__name__, inputs, outputs, by_letter, fn, attrs, flops, commutes, row, groups, equal)
+        made = OpDef(
+            fn.__name__, inputs, outputs, by_letter, fn, attrs, flops, commutes, row, groups, frozenset(shape.split()), equal
+        )
         made.__doc__ = fn.__doc__
         OPS[made.name] = made
         return made

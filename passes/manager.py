@@ -95,7 +95,7 @@ def _verified(stage: Stage, before: Graph, after: Graph, verify: str) -> tuple[R
     check_types(after)
     if verify == "types":
         return ()
-    report = validate(before, after, stage.made.numerics)
+    report = validate(before, after, stage.made.numerics, gradients=stage.made.gradients)
     if not report.ok:
         raise PassError(f"changed what {before.name} computes: {report}")
     return (Remark("note", "validate", before.name, report.note, stage.made.name),) if report.note else ()

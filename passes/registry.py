@@ -35,13 +35,14 @@ class Pass:
     options: tuple[Option, ...]
     about: str
     model: bool  # sees the entry with its layers, instead of each distinct layer and then the entry
+    gradients: bool = False  # cotangents stand behind its inputs then, gradients behind its results
 
 
 PASSES: dict[str, Pass] = {}
 
 
 def register(
-    *, numerics: str, model: bool = False, choices: Mapping[str, tuple[str, ...]] | None = None
+    *, numerics: str, model: bool = False, gradients: bool = False, choices: Mapping[str, tuple[str, ...]] | None = None
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Name a pass after its function; keyword-only parameters are its options, the docstring says what it is for."""
     if numerics not in NUMERICS:
@@ -55,7 +56,7 @@ def register(
         options = tuple(Option(p.name, str(p.annotation), p.default, (choices or {}).get(p.name, ())) for p in params)
         if bad := [o.name for o in options if o.kind not in OPTION_KINDS or o.default is inspect.Parameter.empty]:
             raise ValueError(f"pass {name}: option {bad[0]} needs a default and one of the types {OPTION_KINDS}")
-        PASSES[name] = Pass(name, fn, numerics, options, fn.__doc__.strip().splitlines()[0], model)
+        PASSES[name] = Pass(name, fn, numerics, options, fn.__doc__.strip().splitlines()[0], model, gradients)
         return fn
 
     return define

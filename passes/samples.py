@@ -96,11 +96,11 @@ def _input(graph: Graph, value: Value, sizes: Mapping[str, int], rng: torch.Gene
 
 def _integers(node: Node, name: str, wanted: tuple[int, ...], sizes: Mapping[str, int], rng: torch.Generator) -> Tensor | None:
     """What an op's integer operand may hold; None where the op does not care."""
-    match node.op.name, name:
-        case "embedding", "tokens":
-            return torch.randint(0, _size(node, 0, 0, sizes), wanted, generator=rng)
+    match node.op.name.removesuffix("_backward"), name:
+        case "embedding" | "embedding_sum", "tokens":
+            return torch.randint(0, node.attrs.get("v") or _size(node, 0, 0, sizes), wanted, generator=rng)
         case "cross_entropy" | "linear_cross_entropy", "labels":
-            vocab = _size(node, 0, -1, sizes) if node.is_op("cross_entropy") else _size(node, 1, 0, sizes)
+            vocab = _size(node, 0, -1, sizes) if node.op.name.startswith("cross") else _size(node, 1, 0, sizes)
             labels = torch.randint(0, vocab, wanted, generator=rng)
             labels.view(-1)[:1] = node.attrs["ignore"]
             return labels
@@ -113,10 +113,10 @@ def _integers(node: Node, name: str, wanted: tuple[int, ...], sizes: Mapping[str
         case "dispatch" | "load_balance_loss", "experts":
             bound = node.attrs.get("e") or _size(node, 0, -1, sizes)
             return torch.randint(0, bound, wanted, generator=rng)
-        case "grouped_linear", "counts":
+        case "grouped_linear" | "grouped_outer", "counts":
             rows = _size(node, 0, 0, sizes)
             return torch.bincount(torch.randint(0, wanted[0], (rows,), generator=rng), minlength=wanted[0])
-        case "combine", "order":
+        case "combine" | "take_rows" | "sum_rows", "order":
             return torch.randperm(wanted[0], generator=rng)
         case "dropout" | "fork_seed", "seed":
             return torch.tensor(7)

@@ -70,15 +70,16 @@ class _Run:
     gradients: Mapping[str, Tensor]
 
 
-def validate(before: Graph, after: Graph, numerics: str, seed: int = 0) -> Report:
+def validate(before: Graph, after: Graph, numerics: str, seed: int = 0, *, gradients: bool = False) -> Report:
     """Compare two programs on one small sample: results, and gradients of every float input and parameter.
 
     A program after placement runs on a pretend mesh of two ranks an axis. Inputs that `after` adds are zeros: a cached
-    program at its start.
+    program at its start. With `gradients`, `after` takes cotangents behind its inputs and gives gradients behind its
+    results; these are held against autograd of `before`.
     """
     if numerics not in NUMERICS:
         raise PassError(f"numerics is {numerics!r}, must be one of {', '.join(NUMERICS)}")
-    if why := _mismatch(before, after):
+    if why := _mismatch(before, after) or (_lacking(before, after) if gradients else ""):
         return Report(problem=why)
     sizes = dict.fromkeys((s for g in (before, after) for s in g.symbols), 1)
     elements = sum(t.count(sizes) for t, _ in parameters(before).values())
@@ -86,7 +87,7 @@ def validate(before: Graph, after: Graph, numerics: str, seed: int = 0) -> Repor
         return Report(note=f"{before.name} has {elements} parameters, too many to evaluate; validate its shrunken spec instead")
     sample = draw(before, (after,), seed)
     try:
-        reference, found = _pair(in_f64(before), in_f64(after), sample)
+        reference, found = (_with_gradients if gradients else _pair)(in_f64(before), in_f64(after), sample)
     except (RuntimeError, IndexError, ValueError) as error:  # what torch raises for numbers that do not fit an op
         return Report(problem=f"it does not run on a small sample: {str(error).splitlines()[0]}")
     if bad := [r for r in reference.results if r.is_floating_point() and not r.isfinite().all()]:
@@ -108,6 +109,20 @@ def _mismatch(before: Graph, after: Graph) -> str:
     if changed := [n for n in {**was, **now} if n not in was or n not in now or was[n][0].shape != now[n][0].shape]:
         return f"parameter {changed[0]} is lost, new or of another shape; a pass keeps parameters"
     return ""
+
+
+def _lacking(before: Graph, after: Graph) -> str:
+    """What keeps `after` from being `before` with its gradients: a missing cotangent or gradient."""
+    cotangents = sum(v.type.is_float for v in before.outputs)
+    leaves = [v.type for v in before.inputs] + [t for t, _ in parameters(before).values()]
+    wanted = len(before.outputs) + sum(t.is_float for t in leaves)
+    if len(after.inputs) != len(before.inputs) + cotangents:
+        return (
+            f"there are {len(after.inputs)} inputs, must be {len(before.inputs)} and {cotangents} cotangents of float results"
+        )
+    return (
+        f"there are {len(after.outputs)} results, must be {wanted} with the gradients" if len(after.outputs) != wanted else ""
+    )
 
 
 def in_f64(graph: Graph) -> Graph:
@@ -149,6 +164,22 @@ def _pair(before: Graph, after: Graph, sample: Sample) -> tuple[_Run, _Run]:
         raise PassError(f"a result was {tuple(bad[0].shape)}, is {tuple(bad[1].shape)} on the sample")
     cotangents = _cotangents(was)
     return _gradients(was, cotangents, leaves), _gradients(now, cotangents, leaves)
+
+
+def _with_gradients(before: Graph, after: Graph, sample: Sample) -> tuple[_Run, _Run]:
+    """The program and autograd of it; then the program that computes its gradients itself."""
+    leaves = {n: t.clone().requires_grad_(t.is_floating_point()) for n, t in sample.tensors.items()}
+    was = _results(before, leaves, sample, mesh_of(before))
+    cotangents = _cotangents(was)
+    given = [c for c, v in zip(cotangents, before.outputs, strict=True) if v.type.is_float]
+    names = [v.name for v in after.inputs[len(before.inputs) :]]
+    plain = {n: t.detach() for n, t in leaves.items()} | dict(zip(names, given, strict=True))
+    now = _results(after, plain, sample, mesh_of(after))
+    wanted = [n for n, t in leaves.items() if t.requires_grad]
+    made = zip(wanted, now[len(was) :], after.outputs[len(was) :], strict=True)
+    # Parameters are given in the order of their type, inputs in the natural one; so are their gradients.
+    found = {n: _ordered(t, v.type) if n in sample.params else t for n, t, v in made}
+    return _gradients(was, cotangents, leaves), _Run(tuple(now[: len(was)]), found)
 
 
 def _last(whole: Tensor) -> Tensor:

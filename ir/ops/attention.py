@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from ..op import op
+from ..types import TensorType
 from .pointwise import wide
 from .recurrence import segments
 
@@ -68,3 +70,33 @@ def cache_write(cache: Tensor, x: Tensor, at: Tensor) -> Tensor:
 @cache_write.samples
 def _(sample: Any) -> list[Any]:
     return [sample.randn(2, 7, 2, 4), sample.randn(2, 3, 2, 4), torch.tensor(2)]
+
+
+@op("cache[b m g d], x[b t g d], at:i64[] -> y[b t g d]", map="b g d", scan="m t", linear="cache", shape="x")
+def cache_read(cache: Tensor, x: Tensor, at: Tensor) -> Tensor:
+    """What the cache holds at positions at, at + 1, ..., as many as x, which gives its shape alone, has"""
+    return cache.index_select(1, torch.arange(x.shape[1], device=x.device) + at)
+
+
+@cache_read.samples
+def _(sample: Any) -> list[Any]:
+    return [sample.randn(2, 7, 2, 4), sample.randn(2, 3, 2, 4), torch.tensor(2)]
+
+
+@cache_write.vjp
+def _(types: Mapping[str, TensorType | None], attrs: Mapping[str, Any]) -> str:
+    """What was written over has no part in the result; zeros are a sum over ranks where the cotangent is."""
+    return f"""
+        d_x = cache_read(d_y, x, at)
+        d_cache = cache_write(d_y, zeros_like(x, partial={_partial(types["d_y"])}), at)
+    """
+
+
+@cache_read.vjp
+def _(types: Mapping[str, TensorType | None], attrs: Mapping[str, Any]) -> str:
+    """Zeros but where it was read."""
+    return f"d_cache = cache_write(zeros_like(cache, partial={_partial(types['d_y'])}), d_y, at)"
+
+
+def _partial(type_: TensorType | None) -> tuple[str, ...]:
+    return tuple(sorted(type_.partial)) if type_ is not None else ()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -203,3 +203,26 @@ reduce_scatter.samples(_collective_sample({"axis": "cp", "dim": 1}))
 all_reduce.samples(_collective_sample({"axis": "cp"}))
 shard.samples(_collective_sample({"axis": "cp", "dim": 1}))
 reorder.samples(_collective_sample({"dim": 1, "order": "zigzag(2)"}))
+
+
+all_to_all.vjp("d_x = all_to_all(d_y, axis=axis, src=dst, dst=src)")
+reduce_scatter.vjp("d_x = all_gather(d_y, axis=axis, dim=dim)")
+shard.vjp("d_x = all_gather(d_y, axis=axis, dim=dim)")
+reorder.vjp("d_x = reorder(d_y, dim=dim, order=was, was=order)")
+
+
+@all_gather.vjp
+def _(types: Mapping[str, TensorType | None], attrs: Mapping[str, Any]) -> str:
+    """Ranks that used the whole differently have partial cotangents of it; ranks that all did the same keep their slice."""
+    move = "reduce_scatter" if _is_partial(types["d_y"], attrs) else "shard"
+    return f"d_x = {move}(d_y, axis=axis, dim=dim)"
+
+
+@all_reduce.vjp
+def _(types: Mapping[str, TensorType | None], attrs: Mapping[str, Any]) -> str:
+    """Every part has the sum's cotangent, which may be a sum itself."""
+    return "d_x = all_reduce(d_y, axis=axis)" if _is_partial(types["d_y"], attrs) else "d_x = d_y"
+
+
+def _is_partial(type_: TensorType | None, attrs: Mapping[str, Any]) -> bool:
+    return type_ is not None and attrs["axis"] in type_.partial

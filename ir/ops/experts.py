@@ -105,6 +105,55 @@ def _(sample: Any) -> list[Any]:
     return [sample.randn(12, 4), sample.permutation(12), sample.randn(2, 3, 2)]
 
 
+@op("x[... d], order:i64[n], experts:i64[... k] -> rows[n d]", map="d", whole="... k n", linear="x")
+def take_rows(x: Tensor, order: Tensor, experts: Tensor) -> Tensor:
+    """The token's row for each (token, choice) in `order`; `experts` gives the shape of the pairs alone"""
+    return x.reshape(-1, x.shape[-1])[order // experts.shape[-1]]
+
+
+@op("rows[n d], order:i64[n], experts:i64[... k] -> x[... d]", map="d", whole="n ... k", flops="n*d", linear="rows")
+def sum_rows(rows: Tensor, order: Tensor, experts: Tensor) -> Tensor:
+    """Rows back at their tokens, summed over the choices: the gradient of dispatch"""
+    total = wide(rows.new_zeros(experts[..., 0].numel(), rows.shape[-1]))
+    total = total.index_add(0, order // experts.shape[-1], wide(rows))
+    return total.reshape(*experts.shape[:-1], rows.shape[-1]).to(rows.dtype)
+
+
+@op("a[n o], b[n i], counts:i64[e] -> y[e o i]", map="o i", whole="n e", flops="2*n*i*o", linear="a, b")
+def grouped_outer(a: Tensor, b: Tensor, counts: Tensor) -> Tensor:
+    """y = a^T b of each expert's own rows: the gradient of its weight"""
+    sizes = [int(c) for c in counts]
+    return torch.stack([wide(p).T @ wide(q) for p, q in zip(a.split(sizes), b.split(sizes), strict=True)]).to(a.dtype)
+
+
+@take_rows.samples
+def _(sample: Any) -> list[Any]:
+    return [sample.randn(2, 3, 4), sample.permutation(12), sample.integers(5, 2, 3, 2)]
+
+
+@sum_rows.samples
+def _(sample: Any) -> list[Any]:
+    return [sample.randn(12, 4), sample.permutation(12), sample.integers(5, 2, 3, 2)]
+
+
+@grouped_outer.samples
+def _(sample: Any) -> list[Any]:
+    return [sample.randn(7, 6), sample.randn(7, 4), torch.tensor([3, 0, 4])]
+
+
+dispatch.vjp("d_x = sum_rows(d_rows, order, experts)")
+take_rows.vjp("d_x = sum_rows(d_rows, order, experts)")
+sum_rows.vjp("d_rows = take_rows(d_x, order, experts)")
+grouped_linear.vjp("""
+    d_x = grouped_linear(d_y, reshape(w, pattern='e o i -> e i o'), counts)
+    d_w = grouped_outer(d_y, x, counts)
+""")
+grouped_outer.vjp("""
+    d_a = grouped_linear(b, d_y, counts)
+    d_b = grouped_linear(a, reshape(d_y, pattern='e o i -> e i o'), counts)
+""")
+
+
 @op("logits[... e], experts:i64[... k] -> loss:acc[]", whole="... e k", flops="4*rest*e")
 def load_balance_loss(logits: Tensor, experts: Tensor, *, score: Literal["softmax", "sigmoid"] = "softmax") -> Tensor:
     """e * sum_e (share of choices that went to e) * (mean score of e), 1 when even"""

@@ -25,6 +25,12 @@ def add(a: Tensor, b: Tensor) -> Tensor:
     return (a + b).to(a.dtype)
 
 
+@op("a[...], b[...] -> y[...]", map="...", flops="rest", row=True, linear="a b")
+def sub(a: Tensor, b: Tensor) -> Tensor:
+    """y = a - b"""
+    return (a - b).to(a.dtype)
+
+
 @op("a[...], b[...] -> y[...]", map="...", flops="rest", commutes=True, row=True, linear="a, b")
 def mul(a: Tensor, b: Tensor) -> Tensor:
     """y = a * b"""
@@ -59,6 +65,12 @@ def scale_heads(x: Tensor, w: Tensor) -> Tensor:
 def scale(x: Tensor, *, by: float) -> Tensor:
     """y = by * x"""
     return x * by
+
+
+@op("x[...] -> y[...]", map="...", flops="rest", row=True)
+def shift(x: Tensor, *, by: float) -> Tensor:
+    """y = x + by"""
+    return x + by
 
 
 @op("x[...] -> y[...]", map="...", flops="4*rest", row=True)
@@ -115,6 +127,48 @@ def softcap(x: Tensor, *, cap: float) -> Tensor:
     return torch.tanh(x / cap) * cap
 
 
+@op("x[...] -> y[...]", map="...", flops="2*rest", row=True)
+def rsqrt(x: Tensor) -> Tensor:
+    """y = 1 / sqrt(x)"""
+    return torch.rsqrt(x)
+
+
+@op("x[...] -> y[...]", map="...", flops="4*rest", row=True)
+def tanh(x: Tensor) -> Tensor:
+    """y = tanh(x)"""
+    return torch.tanh(x)
+
+
+@op("x[...] -> y[...]", map="...", flops="6*rest", row=True)
+def normal_cdf(x: Tensor) -> Tensor:
+    """y = Phi(x), the share of a standard normal below x"""
+    return torch.special.ndtr(wide(x)).to(x.dtype)
+
+
+@op("x[...] -> y[...]", map="...", flops="rest", row=True)
+def step(x: Tensor) -> Tensor:
+    """y = 1 where x > 0, else 0"""
+    return (x > 0).to(x.dtype)
+
+
+@op("x[...] -> y[...]", map="...", flops="2*rest", row=True)
+def inside(x: Tensor, *, low: float = 0.0, high: float = float("inf")) -> Tensor:
+    """y = 1 where low <= x <= high, else 0"""
+    return ((x >= low) & (x <= high)).to(x.dtype)
+
+
+@op("x[...] -> y[...]", map="...", row=True, shape="x")
+def zeros_like(x: Tensor, *, partial: tuple[str, ...] = ()) -> Tensor:
+    """y = 0 in the shape of x, on every rank of the mesh axes that it is `partial` over"""
+    return torch.zeros_like(x)
+
+
+@zeros_like.infers
+def _(x: TensorType, *, partial: tuple[str, ...]) -> TensorType:
+    """Nothing is a sum over any axis, which letters cannot say."""
+    return TensorType(x.dtype, x.dims, frozenset(partial))
+
+
 @op("x[...] -> y:acc[...]", map="...", row=True, linear="x")
 def widen(x: Tensor) -> Tensor:
     """y = x in at least float32"""
@@ -135,9 +189,107 @@ def _(x: TensorType, *, dtype: str) -> TensorType:
     return TensorType(x.dtype if x.dtype == "f64" else dtype, x.dims, x.partial)
 
 
+@rsqrt.samples
+def _(sample: Any) -> list[Any]:
+    return [sample.randn(3, 5).abs() + 0.5]
+
+
 @cast.samples
 def _(sample: Any) -> list[Any]:
     return [sample.randn(3, 5), {"dtype": "bf16"}]
 
+
+add.vjp("""
+    d_a = d_y
+    d_b = d_y
+""")
+sub.vjp("""
+    d_a = d_y
+    d_b = scale(d_y, by=-1.0)
+""")
+mul.vjp("""
+    g = widen(d_y)
+    d_a = mul(g, b)
+    d_b = mul(g, a)
+""")
+add_bias.vjp("""
+    d_x = d_y
+    d_w = column_sum(d_y)
+""")
+scale_columns.vjp("""
+    g = widen(d_y)
+    d_x = scale_columns(g, w)
+    d_w = column_sum(mul(g, x))
+""")
+scale_rows.vjp("""
+    g = widen(d_y)
+    d_x = scale_rows(g, w)
+    d_w = row_sum(mul(g, x))
+""")
+scale_heads.vjp("""
+    g = widen(d_y)
+    d_x = scale_heads(g, w)
+    d_w = column_sum(row_sum(mul(g, x)))
+""")
+scale.vjp("d_x = scale(d_y, by=by)")
+shift.vjp("d_x = d_y")
+silu.vjp("""
+    h = widen(x)
+    s = sigmoid(h)
+    slope = add(s, mul(mul(h, s), shift(scale(s, by=-1.0), by=1.0)))
+    d_x = mul(widen(d_y), slope)
+""")
+gelu.vjp("""
+    h = widen(x)
+    if approximate == 'tanh':
+        cube = mul(h, mul(h, h))
+        t = tanh(scale(add(h, scale(cube, by=0.044715)), by=0.7978845608028654))
+        inner = shift(scale(mul(h, h), by=0.10703222440890037), by=0.7978845608028654)
+        bend = mul(mul(h, inner), shift(scale(mul(t, t), by=-1.0), by=1.0))
+        slope = scale(add(shift(t, by=1.0), bend), by=0.5)
+    else:
+        density = scale(neg_exp(scale(mul(h, h), by=-0.5)), by=-0.3989422804014327)
+        slope = add(normal_cdf(h), mul(h, density))
+    d_x = mul(widen(d_y), slope)
+""")
+relu.vjp("d_x = mul(widen(d_y), step(x))")
+relu2.vjp("d_x = mul(widen(d_y), scale(relu(widen(x)), by=2.0))")
+sigmoid.vjp("""
+    s = sigmoid(widen(x))
+    d_x = mul(widen(d_y), mul(s, shift(scale(s, by=-1.0), by=1.0)))
+""")
+# past 20 the op is x itself: there the sigmoid is taken so far out that it is exactly 1
+softplus.vjp("""
+    h = widen(x)
+    past = step(shift(h, by=-20.0))
+    d_x = mul(widen(d_y), sigmoid(add(h, scale(past, by=100.0))))
+""")
+neg_exp.vjp("d_x = mul(widen(d_y), neg_exp(widen(x)))")
+clamp.vjp("d_x = mul(widen(d_y), inside(x, low=low, high=high))")
+softcap.vjp(
+    lambda types, attrs: (
+        f"""
+    t = tanh(scale(widen(x), by={1 / attrs["cap"]!r}))
+    d_x = mul(widen(d_y), shift(scale(mul(t, t), by=-1.0), by=1.0))
+"""
+    )
+)
+rsqrt.vjp("""
+    r = rsqrt(widen(x))
+    d_x = mul(widen(d_y), scale(mul(r, mul(r, r)), by=-0.5))
+""")
+tanh.vjp("""
+    t = tanh(widen(x))
+    d_x = mul(widen(d_y), shift(scale(mul(t, t), by=-1.0), by=1.0))
+""")
+normal_cdf.vjp("""
+    h = widen(x)
+    d_x = mul(widen(d_y), scale(neg_exp(scale(mul(h, h), by=-0.5)), by=-0.3989422804014327))
+""")
+step.vjp("")
+inside.vjp("")
+zeros_like.vjp("")
+widen.vjp("d_x = d_y")
+cast.vjp("d_x = d_y")
 
 ACTIVATIONS = ("silu", "gelu", "relu", "relu2", "sigmoid")

@@ -36,11 +36,16 @@ def rope(
     fraction: float = 1.0,
     interleaved: bool = False,
     scaling: tuple[float, ...] = (),
+    inverse: bool = False,
 ) -> Tensor:
-    """Rotate the first `fraction` of each head by its position: halves (i, i + d/2) or interleaved pairs (2i, 2i + 1)"""
+    """Rotate the first `fraction` of each head by its position: halves (i, i + d/2) or interleaved pairs (2i, 2i + 1)
+
+    `inverse` turns the other way, which undoes it.
+    """
     width = int(x.shape[-1] * fraction)
     angle = wide(p.to(x.dtype) if x.dtype == torch.float64 else p)[..., None] * frequencies(width, theta, scaling, x)
     cos, sin = angle.cos()[:, :, None], angle.sin()[:, :, None]
+    sin = -sin if inverse else sin
     h = wide(x)
     a, b = (h[..., :width:2], h[..., 1:width:2]) if interleaved else (h[..., : width // 2], h[..., width // 2 : width])
     turned = (a * cos - b * sin, b * cos + a * sin)
@@ -63,3 +68,12 @@ def frequencies(width: int, theta: float, scaling: tuple[float, ...], like: Tens
 @rope.samples
 def _(sample: Any) -> list[Any]:
     return [sample.randn(2, 5, 3, 8), torch.arange(5).expand(2, 5), {"fraction": 0.5, "interleaved": True}]
+
+
+positions.no_gradient("its result is integers")
+rope.vjp("""
+    if inverse:
+        d_x = rope(d_y, p, theta=theta, fraction=fraction, interleaved=interleaved, scaling=scaling)
+    else:
+        d_x = rope(d_y, p, theta=theta, fraction=fraction, interleaved=interleaved, scaling=scaling, inverse=True)
+""")

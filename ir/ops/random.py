@@ -32,6 +32,10 @@ def fork_seed(seed: Tensor, *, stream: int) -> Tensor:
     return scramble(seed * 0x632BE5AB + stream * 0x9E3779B1)
 
 
+dropout.vjp("d_x = dropout(d_y, seed, p=p)")
+fork_seed.no_gradient("its result is an integer")
+
+
 @dropout.samples
 def _(sample: Any) -> list[Any]:
     return [sample.randn(3, 5), torch.tensor(7), {"p": 0.3}]

@@ -169,7 +169,9 @@ FAMILY: dict[OpDef, Traits] = {
 
 def _sampler(traits: Traits) -> Any:
     def rule(sample: Any) -> list[Any]:
-        b, t, g, r, k, v = 2, 5, 2, 2, 3, 4
+        cu = torch.tensor([0, 1, 1, 5]) if sample.coin() else None
+        b, t, g, r, k, v = 1 if cu is not None else 2, 5, 2, 2, 3, 4
+        runs = 3 if cu is not None else b
         rand = sample.randn
         decay = {"none": [], "head": [(b, t, g * r)], "channel": [(b, t, g * r, k)], "constant": [(g * r,)]}[traits.decay]
         gates = [-rand(*shape).abs() for shape in decay] + ([torch.sigmoid(rand(b, t, g * r))] if traits.beta else [])
@@ -179,8 +181,8 @@ def _sampler(traits: Traits) -> Any:
             key / key.norm(dim=-1, keepdim=True),
             rand(b, t, g * r, v),
             *gates,
-            rand(b, g * r, k, v),
-            None,
+            rand(runs, g * r, k, v),
+            cu,
             {"scale": 0.5},
         ]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -141,3 +142,71 @@ def _grouped(axis: Axis, bound: Binding, pattern: str) -> Dim:
 @reshape.samples
 def _(sample: Any) -> list[Any]:
     return [sample.randn(2, 3, 8), {"pattern": "b t (h=2 d) -> b h t d"}]
+
+
+@op("w[b 1 d], x[b t d] -> y[b t d]", map="b d", scan="t", linear="w", shape="x")
+def put_last(w: Tensor, x: Tensor) -> Tensor:
+    """y = w as the last token of every row, 0 before it; x gives its shape alone"""
+    return torch.cat([w.new_zeros(x[:, 1:].shape), w], 1)
+
+
+last_token.vjp("d_x = put_last(d_y, x)")
+put_last.vjp("d_w = last_token(d_y)")
+
+
+@split.vjp
+def _(types: Mapping[str, TensorType | None], attrs: Mapping[str, Any]) -> str:
+    """There are as many cotangents as sections."""
+    count = len(attrs["sizes"])
+    joined = "d_y0" if count > 1 else "d_y"
+    for i in range(1, count):
+        joined = f"concat({joined}, d_y{i})"
+    return f"d_x = {joined}"
+
+
+@concat.vjp
+def _(types: Mapping[str, TensorType | None], attrs: Mapping[str, Any]) -> str:
+    """The sections are as long as the operands."""
+    sizes = [t.dims[-1].size for t in (types["a"], types["b"]) if t is not None]
+    return f"d_a, d_b = split(d_y, sizes=({sizes[0]}, {sizes[1]}))"
+
+
+@reshape.vjp
+def _(types: Mapping[str, TensorType | None], attrs: Mapping[str, Any]) -> str:
+    """The pattern read backwards, with the sizes that parting what was grouped needs."""
+    type_ = types["x"]
+    assert type_ is not None
+    return f"d_x = reshape(d_y, pattern='{inverse(attrs['pattern'], type_)}')"
+
+
+def inverse(pattern: str, type_: TensorType) -> str:
+    """The pattern that undoes `pattern` on values of this type."""
+    left, right = sides(pattern)
+    known = {y: int(y.split("=")[1]) for a in (*left, *right) for y in a.letters if "=" in y}
+    bound = bind("reshape", [Operand("x", left)], [type_], known)
+    if any("..." in a.letters for a in (*left[1:], *right[1:])) or left[:1] != right[:1]:
+        left, right = spread(left, bound.rest), spread(right, bound.rest)
+    grouped = " ".join(_parted(a, bound, pattern) for a in right)
+    return f"{grouped} -> {' '.join(_shown([_bare(x) for x in a.letters]) for a in left)}"
+
+
+def _parted(axis: Axis, bound: Binding, pattern: str) -> str:
+    """One axis with sizes for all letters but one: the first, which may be split, unless another is no number."""
+    size = {x: bound.size.get(x, 1) for x in axis.letters}
+    free = next((x for x in axis.letters if isinstance(size[x], str)), axis.letters[0])
+    if sum(isinstance(n, str) for n in size.values()) > 1:
+        raise TypeMismatch(
+            f"reshape {pattern!r} has no gradient: {' and '.join(map(str, size.values()))} cannot be told apart again; "
+            "all but one of them must be numbers"
+        )
+    return _shown([_bare(x) if x == free or x.endswith("=1") else f"{_bare(x)}={size[x]}" for x in axis.letters])
+
+
+def _bare(letter: str) -> str:
+    """The letter without its size, unless that is what lets it come and go."""
+    name = letter.replace("...", "_") if letter != "..." else letter
+    return name if name.endswith("=1") else name.split("=")[0]
+
+
+def _shown(letters: list[str]) -> str:
+    return letters[0] if len(letters) == 1 else f"({' '.join(letters)})"

@@ -33,7 +33,7 @@ def _round(x: Array) -> Array:
 
 
 def _rsqrt(x: Array) -> Array:
-    return 1 / np.sqrt(x)
+    return (1 / np.sqrt(x.astype(np.float64))).astype(x.dtype)
 
 
 def _fma(x: Array, y: Array, z: Array) -> Array:

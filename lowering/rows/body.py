@@ -5,7 +5,7 @@ from __future__ import annotations
 from .expr import Expr, walk
 from .index import Axis
 from .pieces import Store
-from .tiles import Section
+from .tiles import REPEATS, Section
 from .write import Writer
 
 
@@ -22,9 +22,11 @@ def section_lines(w: Writer) -> list[str]:
     units, tails = _units(w), _tails(w) if s.summing else []
     if w.alone:
         head.append(f"i_0 = tl.zeros({[1] * (1 + len(s.inner))}, tl.int64)")
-    if not s.summing:
+    if not s.repeats:
         return [*head, *units, *w.head, *w.body]
     loop = f"for i_b in range(pid, {_blocks(w)}, {w.use('g')}):"
+    if not s.summing:
+        loop = f"for i_b in range(pid * {REPEATS}, tl.minimum(pid * {REPEATS} + {REPEATS}, {_blocks(w)})):"
     return [*head, *w.head, loop, *_indented([*units, *w.body]), *tails]
 
 
@@ -60,7 +62,7 @@ def _units(w: Writer) -> list[str]:
     s = w.section
     if not s.outer:
         return []
-    block = "i_b" if s.summing else "pid"
+    block = "i_b" if s.repeats else "pid"
     lines = [f"i_u = ({block} * {s.units} + tl.arange(0, {s.units})){w.spread(0)}", f"m_u = i_u < {_count(w)}"]
     rest = "i_u"
     for i, axis in enumerate(reversed(s.outer)):

@@ -137,7 +137,7 @@ def _by_head(pull: Puller, node: Node, out: int, where: Where) -> Expr:
 def _spread_rows(pull: Puller, node: Node, out: int, where: Where) -> Expr:
     made = pull.operand(node, 0, where[:-1])
     width = number(sizes(node.operands[1])[-1], node.op.name)
-    return pull.pool.make("mul", made, 1 / width) if node.attrs.get("mean") else made
+    return pull.pool.make("div", made, width) if node.attrs.get("mean") else made
 
 
 @form("spread_columns")
@@ -152,7 +152,7 @@ def _spread_columns(pull: Puller, node: Node, out: int, where: Where) -> Expr:
 def _row_sum(pull: Puller, node: Node, out: int, where: Where) -> Expr:
     width = number(sizes(node.operands[0])[-1], node.op.name)
     total = pull.sum(where, width, lambda j: pull.operand(node, 0, (*where, j)))
-    return pull.pool.make("mul", total, 1 / width) if node.is_op("row_mean") else total
+    return pull.pool.make("div", total, width) if node.is_op("row_mean") else total
 
 
 @form("rms_norm")
@@ -168,7 +168,7 @@ def _rms_norm(pull: Puller, node: Node, out: int, where: Where) -> Expr:
         x = pull.operand(node, 0, (*where[:-1], start + j))
         return m("mul", x, x)
 
-    mean = m("mul", pull.sum(prefix, width, square), 1 / width)
+    mean = m("div", pull.sum(prefix, width, square), width)
     made = m("mul", pull.operand(node, 0, where), m("rsqrt", m("add", mean, node.attrs["eps"])))
     return _weighted(pull, node, made, where)
 
@@ -185,12 +185,12 @@ def _weighted(pull: Puller, node: Node, made: Expr, where: Where) -> Expr:
 def _layer_norm(pull: Puller, node: Node, out: int, where: Where) -> Expr:
     m, prefix = pull.pool.make, where[:-1]
     width = number(sizes(node.operands[0])[-1], "layer_norm")
-    mean = m("mul", pull.sum(prefix, width, lambda j: pull.operand(node, 0, (*prefix, j))), 1 / width)
+    mean = m("div", pull.sum(prefix, width, lambda j: pull.operand(node, 0, (*prefix, j))), width)
 
     def centred(j: Index) -> Expr:
         return m("sub", pull.operand(node, 0, (*prefix, j)), mean)
 
-    variance = m("mul", pull.sum(prefix, width, lambda j: m("mul", centred(j), centred(j))), 1 / width)
+    variance = m("div", pull.sum(prefix, width, lambda j: m("mul", centred(j), centred(j))), width)
     made = m("mul", centred(where[-1]), m("rsqrt", m("add", variance, node.attrs["eps"])))
     made = _weighted(pull, node, made, where)
     return made if node.inputs[2] is None else m("add", made, pull.operand(node, 2, where[-1:]))

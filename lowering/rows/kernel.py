@@ -89,6 +89,8 @@ class _Source:
                 launches.append(launch)
         library = [LIBRARY[n].strip("\n") for n in LIBRARY if n in self.calls]
         header = f'"""{_title(self.graph)}"""\n\nimport triton\nimport triton.language as tl'
+        if any("libdevice." in part for part in parts):
+            header += "\nfrom triton.language.extra import libdevice"
         source = "\n\n\n".join([header, *library, *parts]) + "\n"
         if source.count("\n") > MAX_LINES:
             raise Declined(f"its kernel would have {source.count(chr(10))} lines, more than {MAX_LINES}")

@@ -11,7 +11,7 @@ import torch
 from ...ir import DTYPES, TypeMismatch
 from ...ir.sizes import value as size_value
 from .kernel import Launch, RowKernel
-from .tiles import PARTS, Section
+from .tiles import PARTS, REPEATS, Section
 
 Tensor = torch.Tensor
 LIMIT = 2**31  # units of one launch: their number is counted in 32 bits, addresses in 64
@@ -64,7 +64,9 @@ def shared(kernel: RowKernel, sizes: Mapping[str, int]) -> int:
 
 
 def programs(section: Section, sizes: Mapping[str, int], parts: int) -> int:
-    return (parts if section.summing else blocks(section, sizes)) * section.chunks
+    if section.summing:
+        return parts * section.chunks
+    return -(-blocks(section, sizes) // (REPEATS if section.repeats else 1)) * section.chunks
 
 
 def bound(kernel: RowKernel, operands: Sequence[Tensor]) -> dict[str, int]:

@@ -9,8 +9,8 @@ from .index import Axis, Extent, Index, Modulo, Term
 
 # {0}, {1}, ... are the arguments.
 TEXT: Mapping[str, str] = {
-    "add": "{0} + {1}", "sub": "{0} - {1}", "mul": "{0} * {1}", "neg": "-{0}", "exp": "tl.exp({0})", "rsqrt": "tl.rsqrt({0})",
-    "sigmoid": "1.0 / (1.0 + tl.exp(-{0}))", "tanh": "tanh({0})", "log1p": "log1p({0})", "erf": "tl.erf({0})",
+    "add": "{0} + {1}", "sub": "{0} - {1}", "mul": "{0} * {1}", "div": "{0} / {1}", "neg": "-{0}", "exp": "tl.exp({0})", "rsqrt": "tl.rsqrt({0})",
+    "sigmoid": "1.0 / (1.0 + tl.exp(-{0}))", "tanh": "libdevice.tanh({0})", "log1p": "libdevice.log1p({0})", "erf": "tl.erf({0})",
     "max": "tl.maximum({0}, {1}, propagate_nan=tl.PropagateNan.ALL)",
     "min": "tl.minimum({0}, {1}, propagate_nan=tl.PropagateNan.ALL)",
     "gt": "{0} > {1}",
@@ -20,24 +20,6 @@ TEXT: Mapping[str, str] = {
 CASTS = {"bf16": "tl.bfloat16", "f16": "tl.float16"}
 
 LIBRARY: Mapping[str, str] = {
-    "tanh": '''
-@triton.jit
-def tanh(x):
-    """(1 - e) / (1 + e) with e = exp(-2 |x|); near 0, where that cancels, the odd series."""
-    a = tl.abs(x)
-    e = tl.exp(-2.0 * a)
-    q = x * x
-    near = a * (1.0 + q * (-0.3333333333 + q * (0.1333333333 + q * (-0.0539682540 + q * 0.0218694885))))
-    y = tl.where(a < 0.3, near, (1.0 - e) / (1.0 + e))
-    return tl.where(x < 0, -y, y)
-''',
-    "log1p": '''
-@triton.jit
-def log1p(x):
-    """log(1 + x), with what rounding 1 + x loses put back (Kahan)."""
-    u = 1.0 + x
-    return tl.where(u == 1.0, x, tl.log(u) * (x / (u - 1.0)))
-''',
     "rope_wave": '''
 @triton.jit
 def rope_wave(

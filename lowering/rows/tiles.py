@@ -16,6 +16,7 @@ WIDEST = 8192  # elements of a row that one tile holds; longer rows are visited 
 HELD = 6  # values per element that registers hold of the widest tile: 65,536 of them are 8 for each of 8,192
 PARTS = 256  # programs that a sum over rows is shared among, whatever the device: the same bits everywhere
 STENCIL = 256  # columns of a tile whose rows are read again by the rows behind them, so that these stand in it too
+REPEATS = 8  # blocks of units that a program visits where taps, many and narrow, are read for all of them
 SECOND = 128  # columns that a program of the second stage adds up
 
 
@@ -36,6 +37,11 @@ class Section:
     def summing(self) -> bool:
         """Whether it adds up over rows, and so keeps its programs few."""
         return any(s.sums for s in self.piece.stores)
+
+    @property
+    def repeats(self) -> bool:
+        """Whether a program visits several blocks of units, with what all rows share read once."""
+        return self.summing or (shifted(self.piece) and bool(self.outer))
 
     def width(self, axis: Axis) -> int:
         """Places of an axis in the tile."""

@@ -89,7 +89,7 @@ class Writer:
     def lines(self, axes: frozenset[Axis]) -> list[str]:
         if self.part is not None and self.section.chunk in axes:
             return self.part
-        return self.body if axes & set(self.section.outer) or not self.section.summing else self.head
+        return self.body if axes & set(self.section.outer) or not self.section.repeats else self.head
 
     def known(self, axes: frozenset[Axis]) -> dict[Expr, str]:
         return self.local if self.part is not None and self.section.chunk in axes else self.names

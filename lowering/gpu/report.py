@@ -1,0 +1,194 @@
+"""What kernels move, compute and use: rows for a table, one per distinct kernel of a program."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
+
+from ...ir import Graph, Node, OpDef, Value
+from ...ir.sizes import value as size_value
+from ...ir.types import BYTES
+from ..rows import Declined, RowKernel, row_kernel
+from ..rows.launch import shared
+from ..rows.tiles import shifted
+from .aot import Compiled, CompileError, Job, compile_all
+from .jobs import Use, job_key, jobs
+from .machine import Machine, predicted_seconds
+from .resources import Resources, resources
+
+VIEWS = ("split", "reshape")  # other ways to see the same memory
+WIDE = 16  # bytes of the widest load of a thread
+WARP = 32  # threads: a row that gives each of them a wide load is worth one
+AT_ONCE = 16  # jobs of one batch for each core: progress is told between batches
+Sizes = Mapping[str, int]
+Told = Callable[[int, int], None]  # how many of how many are done
+T = TypeVar("T")
+
+
+# -- bytes and FLOPs ----------------------------------------------------------------------
+
+
+def moved(node: Node, sizes: Sizes) -> int:
+    """Bytes that an op on its own, or a kernel, reads and writes; a view moves none, an embedding reads the rows it gives."""
+    if node.callee is not None:
+        return kernel_bytes(node.callee, sizes)
+    if node.is_op(*VIEWS):
+        return 0
+    results = [v.type.bytes({**sizes}) for v in node.outputs]
+    operands = [v.type.bytes({**sizes}) for v in dict.fromkeys(_read(node))]
+    if node.is_op("embedding"):
+        operands = [operands[-1], *results]
+    return sum(operands) + sum(results)
+
+
+def _read(node: Node) -> list[Value]:
+    """Operands whose numbers an op reads, not their shape alone."""
+    if not isinstance(node.op, OpDef):
+        return [*node.operands]
+    pairs = zip(node.op.inputs, node.inputs, strict=True)
+    return [v for o, v in pairs if v is not None and o.name not in node.op.shapes]
+
+
+def kernel_bytes(kernel: Graph, sizes: Sizes) -> int:
+    """Bytes that a kernel reads and writes: every operand once, every result once, and its sums over rows out and in."""
+    read = sum(_elements_read(kernel, v, sizes) * BYTES[v.type.dtype] for v in kernel.inputs)
+    written = sum(v.type.bytes({**sizes}) for v in dict.fromkeys(kernel.outputs) if v in kernel.makers)
+    return read + written + _partial_bytes(kernel, sizes)
+
+
+def _elements_read(kernel: Graph, value: Value, sizes: Sizes) -> int:
+    """Elements of a value that the kernel reads; through views, the parts that are read or returned behind them."""
+    users = [n for n in kernel.uses.get(value, ()) if value in _read(n)]
+    whole = value.type.count({**sizes})
+    if any(not n.is_op(*VIEWS) for n in users) or (value in kernel.outputs and value in kernel.makers):
+        return whole
+    return min(whole, sum(_elements_read(kernel, v, sizes) for n in users for v in n.outputs))
+
+
+def _partial_bytes(kernel: Graph, sizes: Sizes) -> int:
+    """The partial sums over rows, written by the programs that share them and read by the second stage."""
+    made = generated(kernel)
+    if isinstance(made, Declined) or not made.sums:
+        return 0
+    rows = {**sizes, **{s: size_value(s, sizes) for s in made.sizes}}
+    return 2 * 4 * made.sums * shared(made, rows)
+
+
+def flops(node: Node, sizes: Sizes) -> int:
+    """Floating-point operations of an op, or of all ops in the graph it calls."""
+    if isinstance(node.op, Graph):
+        return sum(flops(n, sizes) for n in node.op.nodes)
+    return node.op.flops([v.type if v is not None else None for v in node.inputs], node.attrs, sizes)
+
+
+# -- rows ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Row:
+    """A distinct kernel: what it moves and computes, and what its code uses on each target."""
+
+    use: Use
+    declined: str  # why there is no row kernel; empty where there is one
+    bytes: int
+    flops: int
+    wide: bool  # whether rows are long and aligned, so that 128-bit loads are due
+    used: Mapping[str, Resources | CompileError]  # by target, launches together
+
+    def seconds(self, machine: Machine) -> float:
+        return predicted_seconds(self.bytes, self.flops, machine)
+
+    @property
+    def intensity(self) -> float:
+        """FLOPs a byte."""
+        return self.flops / max(1, self.bytes)
+
+    @property
+    def faults(self) -> tuple[str, ...]:
+        """What must not be."""
+        return tuple(f"{self.use.name} for {t}: {why}" for t, used in self.used.items() if (why := _fault(used, self.wide)))
+
+
+def _fault(used: Resources | CompileError, wide: bool) -> str:
+    if isinstance(used, CompileError):
+        return f"does not compile: {used}"
+    if used.spills or used.stack:
+        return f"spills registers: {used.spills} times, {used.stack} bytes a thread"
+    return "has no 128-bit load, though its rows are long and aligned" if wide and not used.wide_loads else ""
+
+
+def generated(graph: Graph) -> RowKernel | Declined:
+    """The row kernel of a graph, or why there is none."""
+    try:
+        return row_kernel(graph)
+    except Declined as reason:
+        return reason
+
+
+def rows(found: Sequence[Use], targets: Sequence[str], sizes: Sizes, told: Told) -> list[Row]:
+    """A row for every kernel; equal code is compiled once."""
+    made = {u: generated(u.graph) for u in found}
+    work = {(u, t): jobs(k, u.operands, t) for u, k in made.items() if isinstance(k, RowKernel) for t in targets}
+    known = outcomes([j for batch in work.values() for j in batch], resources, told)
+    used = {key: together([known[job_key(j)] for j in batch]) for key, batch in work.items()}
+    return [_row(u, k, {t: used[u, t] for t in targets if (u, t) in used}, sizes) for u, k in made.items()]
+
+
+def _row(use: Use, kernel: RowKernel | Declined, used: Mapping[str, Resources | CompileError], sizes: Sizes) -> Row:
+    declined = str(kernel) if isinstance(kernel, Declined) else ""
+    wide = isinstance(kernel, RowKernel) and wide_rows(use, kernel)
+    return Row(use, declined, kernel_bytes(use.graph, sizes), sum(flops(n, sizes) for n in use.graph.nodes), wide, used)
+
+
+def wide_rows(use: Use, kernel: RowKernel) -> bool:
+    """Whether an operand has rows that a warp's 128-bit loads fit in, at places that Triton knows to be aligned.
+
+    A stencil is not asked: it holds many rows of few columns, so that rows are read once from memory.
+    """
+    if any(shifted(s.piece) for launch in kernel.launches for s in launch.sections):
+        return False
+    read = [x for v, x in zip(use.graph.inputs, use.operands, strict=True) if use.graph.uses.get(v)]
+    return any(
+        x.dim() > 1 and x.stride(-1) == 1 and x.data_ptr() % WIDE == 0
+        and all(s % WIDE == 0 for s in x.stride()[:-1]) and x.shape[-1] * x.element_size() >= WIDE * WARP
+        for x in read
+    )  # fmt: skip
+
+
+# -- compiling ----------------------------------------------------------------------------
+
+
+def outcomes(wanted: Sequence[Job], keep: Callable[[Compiled], T], told: Told) -> dict[Hashable, T | CompileError]:
+    """What is kept of each distinct job, by its key; over all cores."""
+    distinct = {job_key(j): j for j in wanted}
+    keys, cores = [*distinct], len(os.sched_getaffinity(0))
+    found = dict[Hashable, T | CompileError]()
+    told(0, len(keys))
+    with ThreadPoolExecutor(cores) as pool:
+        for start in range(0, len(keys), AT_ONCE * cores):
+            batch = keys[start : start + AT_ONCE * cores]
+            made = compile_all([distinct[k] for k in batch])
+            found.update(zip(batch, pool.map(partial(_kept, keep), made), strict=True))
+            told(len(found), len(keys))
+    return found
+
+
+def _kept(keep: Callable[[Compiled], T], made: Compiled | CompileError) -> T | CompileError:
+    return made if isinstance(made, CompileError) else keep(made)
+
+
+def together(parts: Sequence[Resources | CompileError]) -> Resources | CompileError:
+    """The launches of one kernel as one: counts added, what they take at once at its most."""
+    if error := next((p for p in parts if isinstance(p, CompileError)), None):
+        return error
+    each = [p for p in parts if isinstance(p, Resources)]
+    cores = {name: sum(r.tensor_core.get(name, 0) for r in each) for r in each for name in r.tensor_core}
+    return Resources(
+        max(r.registers for r in each), sum(r.spills for r in each), max(r.stack for r in each), max(r.shared for r in each),
+        dict(sorted(cores.items())), sum(r.loads for r in each), sum(r.wide_loads for r in each),
+        sum(r.stores for r in each), sum(r.wide_stores for r in each),
+    )  # fmt: skip
