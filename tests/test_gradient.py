@@ -205,7 +205,8 @@ def f(x: f64[b, s, 5], z: f64[b, s, 5], *, w: f64[5, 5] = normal(0.2)):
 
 
 def test_a_result_is_read_where_that_is_less_than_what_made_it() -> None:
-    text = "@kernel\ndef f(x: bf16[b, 8], d: bf16[b, 8], w: bf16[8]):\n    r = add(x, d)\n    y = rms_norm(r, w)\n    return r, y\n"
+    text = "@kernel\ndef f(x: bf16[b, 8], d: bf16[b, 8], w: bf16[8]):\n    r = add(x, d)\n    y = rms_norm(r, w)\n"
+    text += "    return r, y\n"
     whole, less = backward(parse(text)), backward(parse(text), results=True)
     assert (whole.reads, whole.again) == ((0, 1, 2), ()) and (less.reads, less.again) == ((2,), (0,))
     assert less.graph.outputs[0] is less.graph.outputs[1]  # an add has one cotangent for both
