@@ -188,3 +188,19 @@ def test_names_from_a_file_stay_in_the_comment() -> None:
     xs = operands(graph, {"b": 1, "s": 3})
     made, given = backward(graph).graph, gradient_of(graph, xs, {"b": 1, "s": 3})[1]
     assert max(errors(interpreted(made, given).results, exact(made, given))) < LIMIT["f32"]
+
+
+def test_a_result_that_is_read_on_is_rounded_first() -> None:
+    text = "@kernel\ndef k(x: bf16[s, 33], z: bf16[s, 33]):\n    r = add(x, z)\n    y = scale(r, by=3.0)\n    return r, y\n"
+    xs = operands(parse(text), {"s": 7})
+    r, y = interpreted(parse(text), xs).results
+    assert torch.equal(y, (r.float() * 3).bfloat16()) and torch.equal(r, xs[0] + xs[1])
+    once = interpreted(parse(text.replace("return r, y", "return y")), xs).results[0]
+    assert not torch.equal(once, y)  # inside, nothing is rounded
+
+
+def test_sums_along_axes_that_a_value_does_not_vary_on() -> None:
+    text = "@kernel\ndef k(w: f32[5], x: f32[s, 3, 5]):\n    v = spread_columns(w, x)\n    t = column_sum(v)\n"
+    text += "    u = mul(v, x)\n    c = column_sum(u)\n    return t, c\n"
+    xs = operands(parse(text), {"s": 41})
+    assert max(errors(interpreted(parse(text), xs).results, exact(parse(text), xs))) < LIMIT["f32"]
