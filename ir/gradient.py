@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache, reduce
 
 from . import ops
+from .dump import dump
 from .errors import PassError
 from .graph import Builder, Graph, Node, Replay, Value, parameters
 from .op import OpDef
@@ -57,8 +58,13 @@ def _traffic(made: Backward) -> int:
     return sum(t.bytes(dict.fromkeys(t.symbols, 64)) for t in types)
 
 
-@lru_cache(maxsize=4096)
 def _backward(kernel: Graph, wanted: tuple[bool, ...], again: tuple[int, ...]) -> Backward | None:
+    return _named_backward(kernel, wanted, again, dump(kernel))
+
+
+@lru_cache(maxsize=4096)
+def _named_backward(kernel: Graph, wanted: tuple[bool, ...], again: tuple[int, ...], text: str) -> Backward | None:
+    """Graphs are equal whatever their values are called; `text` keeps those apart whose gradients read differently."""
     given, kernel = kernel, _widened(kernel)
     leaves = [v for v, asked in zip(kernel.inputs, wanted, strict=True) if asked and v.type.is_float]
     flows, count = carrying(kernel, leaves, kernel.outputs), len(kernel.inputs) + len(again)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from ..ir import Graph, Node
+from ..ir import Graph, Node, OpDef
 from .outline import Region, compatible, convex, outline_all, region
 from .registry import Outcome, register
 from .remarks import Remark
@@ -16,11 +16,16 @@ def outline_rows(graph: Graph, *, min_ops: int = 2, max_ops: int = 40) -> Outcom
     """Maximal convex regions of ops that work row by row become one kernel each."""
     if graph.role == "kernel":
         return graph, ()
-    found = [r for r in _regions(graph, max_ops) if sum(not is_view(n) for n in r.nodes) >= min_ops and r.results(graph)]
+    found = [r for r in _regions(graph, max_ops) if sum(_worth(n) for n in r.nodes) >= min_ops and r.results(graph)]
     kept = compatible(graph, found)
     if not kept:
         return graph, ()
     return outline_all(graph, kept), tuple(_passed(graph, r) for r in kept)
+
+
+def _worth(node: Node) -> int:
+    """How many ops a node counts for: none for a view, two for a norm or an activation, whose gradient is several ops."""
+    return 0 if is_view(node) else 1 if isinstance(node.op, OpDef) and node.op.linear else 2
 
 
 def _passed(graph: Graph, made: Region) -> Remark:

@@ -216,7 +216,7 @@ def test_ctrl_c_ends_with_130_and_leaves_nothing(tmp_path: Path, gate: str, monk
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("plait.runtime.files._sync", interrupted)
+    monkeypatch.setattr("plait.ir.files._sync", interrupted)
     result = run("opt", gate, "-p", "fuse", "-o", str(tmp_path / "out.ir"))
     assert (result.exit_code, result.stdout) == (130, "") and "Traceback" not in result.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["gate.ir"]

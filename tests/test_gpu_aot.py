@@ -76,7 +76,7 @@ def test_spills_and_wide_loads_are_read_from_amd_assembly() -> None:
     with pytest.raises(PlaitError, match=r"the assembly names no \.vgpr_count"):
         resources(replace(compiled, asm={"amdgcn": "nothing"}))
     with pytest.raises(PlaitError, match="cuobjdump, which Triton brings, fails on this kernel"):
-        resources(replace(compiled, asm={"cubin": b"nothing"}))
+        resources(replace(compiled, asm={"cubin": b"nothing", "ptx": ""}))
 
 
 def test_unaligned_operands_have_narrow_loads() -> None:

@@ -8,6 +8,7 @@ import torch
 from plait.ir import TypeMismatch, parse
 from plait.ir.gradient import backward
 from plait.lowering.rows import Declined, row_kernel
+from plait.lowering.rows.kernel import _row_kernel
 
 from tests.row_cases import CASES, ROWS, errors, exact, gradient_of, graph_of, interpreted, operands
 
@@ -108,7 +109,7 @@ def test_the_same_bits_every_time(name: str) -> None:
     first, again = (interpreted(made, given).results for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert "atomic" not in row_kernel(made).source
-    row_kernel.cache_clear()
+    _row_kernel.cache_clear()
     assert row_kernel(graph_of(text, widths[1])).source == row_kernel(graph).source
 
 

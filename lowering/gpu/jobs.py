@@ -22,7 +22,7 @@ from .sources import load
 
 Tensor = torch.Tensor
 BATCH, LENGTH = 4, 2048  # rows and tokens of the launch that kernels are compiled for: no size of it is 1
-HALF = re.compile(r"_(forward|backward)(?=\d*$)")  # what `differentiate` adds to the names of layers and kernels
+HALF = re.compile(r"_(forward|backward|gradients)(?=\d*$)")  # what `differentiate` adds to names
 
 
 @dataclass(frozen=True, eq=False)

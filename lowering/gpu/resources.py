@@ -35,21 +35,35 @@ class Resources:
 
 def resources(compiled: Compiled) -> Resources:
     """Read from the code itself; no GPU needed."""
-    if "cubin" in compiled.asm:
-        cubin = compiled.asm["cubin"]
-        return _nvidia(cubin if isinstance(cubin, bytes) else cubin.encode(), compiled.shared)
-    return _amd(str(compiled.asm["amdgcn"]), compiled.shared)
+    if "cubin" not in compiled.asm:
+        return _amd(str(compiled.asm["amdgcn"]), compiled.shared)
+    cubin, ptx = compiled.asm["cubin"], str(compiled.asm["ptx"])
+    cubin = cubin if isinstance(cubin, bytes) else cubin.encode()
+    registers, stack = _usage(_dump(cubin, "--dump-resource-usage"))
+    # Disassembling takes a hundred times as long as all else here; PTX has the same loads where nothing was added to it.
+    if stack or "mma" in ptx or "cp.async" in ptx:
+        return _nvidia(_dump(cubin, "--dump-sass"), registers, stack, compiled.shared)
+    loads, stores = (Counter(re.findall(rf"\b{kind}\.global[\w.]*", ptx)) for kind in ("ld", "st"))
+    return Resources(
+        registers, 0, stack, compiled.shared, {}, sum(loads.values()), _wide_ptx(loads), sum(stores.values()), _wide_ptx(stores)
+    )
+
+
+def _wide_ptx(code: Mapping[str, int]) -> int:
+    """`ld.global.v4.b32` and the like: of 128 bits or more."""
+    wide = {k: m for k in code if (m := re.search(r"\.v(\d)\.\w(\d+)$", k))}
+    return sum(code[k] for k, m in wide.items() if int(m[1]) * int(m[2]) >= 128)
 
 
 @lru_cache(maxsize=512)
-def _dump(cubin: bytes) -> str:
-    """What cuobjdump says: resource usage and machine code."""
+def _dump(cubin: bytes, what: str) -> str:
+    """What cuobjdump says of a kernel."""
     from triton import knobs
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", "--dump-sass", file.name]
+        command = [knobs.nvidia.cuobjdump.path, what, file.name]
         try:
             return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
         except (OSError, subprocess.SubprocessError) as error:
@@ -57,17 +71,21 @@ def _dump(cubin: bytes) -> str:
             raise PlaitError(f"resources: cuobjdump, which Triton brings, fails on this kernel: {reason}") from None
 
 
-def _nvidia(cubin: bytes, shared: int) -> Resources:
-    text = _dump(cubin)
+def _usage(text: str) -> tuple[int, int]:
+    """Registers, and bytes of stack per thread."""
     usage = USAGE.search(text)
     if usage is None:
         raise PlaitError("resources: cuobjdump names no registers for this kernel; its output has a form that is not known")
+    return int(usage[1]), int(usage[2])
+
+
+def _nvidia(text: str, registers: int, stack: int, shared: int) -> Resources:
     code = Counter(INSTRUCTION.findall(text))
     loads = {k: n for k, n in code.items() if re.match(r"LDG(STS)?\b|UTMALDG|UBLKCP", k)}
     stores = {k: n for k, n in code.items() if re.match(r"STG\b|UTMASTG", k)}
     cores = Counter(m for k in code.elements() if (m := k.split(".")[0]) and TENSOR_CORE.fullmatch(m))
     return Resources(
-        int(usage[1]), sum(n for k, n in code.items() if k.startswith(("LDL", "STL"))), int(usage[2]), shared,
+        registers, sum(n for k, n in code.items() if k.startswith(("LDL", "STL"))), stack, shared,
         dict(sorted(cores.items())), sum(loads.values()), _wide(loads), sum(stores.values()), _wide(stores),
     )  # fmt: skip
 

@@ -46,9 +46,14 @@ class RowKernel:
     sums: int  # columns of the partial sums over rows
 
 
-@lru_cache(maxsize=1024)
 def row_kernel(graph: Graph) -> RowKernel:
     """Generate the kernel of a graph. Raises Declined with the reason where there can be none."""
+    return _row_kernel(graph, dump(graph))
+
+
+@lru_cache(maxsize=1024)
+def _row_kernel(graph: Graph, text: str) -> RowKernel:
+    """Graphs are equal whatever their values are called; the text that names them is part of the key, as it is of the source."""
     _check(graph)
     pool = Pool()
     first, second = pieces(graph, pool)

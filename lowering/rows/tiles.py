@@ -8,12 +8,13 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from .expr import walk
-from .index import Axis
+from .index import Axis, Declined
 from .pieces import Piece
 
 TILE = 4096  # elements of a tile, where rows are narrow enough to choose
 WIDEST = 8192  # elements of a row that one tile holds; longer rows are visited in parts
 HELD = 6  # values per element that registers hold of the widest tile: 65,536 of them are 8 for each of 8,192
+MOST = 2 * WIDEST  # elements of any tile
 PARTS = 256  # programs that a sum over rows is shared among, whatever the device: the same bits everywhere
 STENCIL = 256  # columns of a tile whose rows are read again by the rows behind them, so that these stand in it too
 REPEATS = 8  # blocks of units that a program visits where taps, many and narrow, are read for all of them
@@ -59,7 +60,7 @@ class Section:
     @cached_property
     def each(self) -> int:
         """Elements per thread: 16 in float32, fewer where several rows of each operand are held at once."""
-        return (4 if self.summing else 8) if shifted(self.piece) else 16
+        return 4 if shifted(self.piece) else 16
 
     @property
     def warps(self) -> int:
@@ -72,6 +73,8 @@ def sections(pieces: Sequence[Piece], second: bool = False) -> list[Section]:
     made = [_section(p, second) for p in pieces]
     least = min((s.each for s in made), default=16)
     tile = 1 if second else max([TILE * least // 16, *(s.elements for s in made)])
+    if max((s.elements for s in made), default=0) > MOST:
+        raise Declined(f"its rows have parts of {max(s.elements for s in made)} places that cross each other, at most {MOST} fit")
     return [replace(s, units=max(1, tile // s.elements)) for s in made]
 
 
