@@ -1,5 +1,6 @@
 # make demo   train the demo model and sample from it (about ten minutes on two cores)
 # make test   the tests        make lint   ruff and pyright        make bench   timings against peers
+# make docs   the kernel and traffic tables in docs/ (every kernel compiled for four GPUs, none needed: minutes)
 
 PYTHON ?= python3
 VENV := .venv
@@ -9,7 +10,7 @@ READY := $(VENV)/.ready
 # One thread per test process: two of them on two cores, and numpy's own threads would only wait for each other.
 ONE_THREAD := OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench docs clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py $(DEMO)
@@ -24,6 +25,9 @@ lint: $(READY)
 bench: $(READY)
 	$(BIN)/python -m pip install -q -e '.[bench]'
 	$(BIN)/python benchmarks/cpu.py $(BENCH)
+
+docs: $(READY)
+	$(ONE_THREAD) $(BIN)/python -m plait docs docs
 
 # The link lets pyright read `import plait`, whose folder is the checkout itself whatever it is called.
 $(READY): pyproject.toml

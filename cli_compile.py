@@ -29,6 +29,12 @@ class Emit(StrEnum):
     FUSED = "fused"
     FX = "fx"
     REPORT = "report"
+    TRITON = "triton"
+    TTGIR = "ttgir"
+    PTX = "ptx"
+
+
+KERNELS = (Emit.TRITON, Emit.TTGIR, Emit.PTX)
 
 
 class Task(StrEnum):
@@ -51,7 +57,9 @@ class Verify(StrEnum):
 
 
 Spec = Annotated[str, typer.Argument(metavar="SPEC", help="A preset's name, a .toml, .json or .ir file, or - for stdin.")]
-EmitOption = Annotated[Emit, typer.Option(help="What to print: the spec, IR before or after passes, fx source, or a report.")]
+EmitOption = Annotated[
+    Emit, typer.Option(help="What to print: the spec, IR before or after passes, fx source, a report, or kernels at a stage.")
+]
 PipelineOption = Annotated[str | None, typer.Option("-p", "--pipeline", help="Passes, such as 'fuse{only=glu},dce'.")]
 Output = Annotated[str, typer.Option("-o", "--output", metavar="FILE", help="Write here, whole or not at all; - is stdout.")]
 Require = Annotated[str, typer.Option(metavar="NAMES", help="Fail unless these fusions fire: norm-gate,glu.")]
@@ -90,7 +98,9 @@ def compile_command(
     dtype: Annotated[Dtype | None, typer.Option(help="Of the weights; the spec's own when absent.")] = None,
     task: Annotated[Task, typer.Option(help="Tokens to logits, labels to a loss, or logits with caches.")] = Task.LOGITS,
     packed: Annotated[bool, typer.Option("--packed", help="Several sequences in one row, with their borders.")] = False,
-    target: Annotated[str, typer.Option(help="What the program is lowered for: cpu, or reference.")] = "cpu",
+    target: Annotated[
+        list[str] | None, typer.Option(help="What the program is lowered for, cpu or reference; of kernels: sm_90,gfx942.")
+    ] = None,
     require: Require = "",
     verify: VerifyOption = Verify.OFF,
     seq: Annotated[int, typer.Option(min=1, help="Tokens that the report counts traffic and FLOPs for.")] = 4096,
@@ -103,7 +113,7 @@ def compile_command(
     with timed("read", laps):
         source = read_source(spec, task=task.value, dtype=dtype.value if dtype else "", packed=packed)
     watch = Watch(timing=timing, remarks=ALL * remarks)
-    job = Job(source, emit, pipeline, target, names(require), verify.value, seq, watch)
+    job = Job(source, emit, pipeline, tuple(target or ()), names(require), verify.value, seq, watch)
     made = run(job, laps)
     if timing:
         note("\n".join(f"{stage:>8} {seconds * 1e3:9.1f} ms" for stage, seconds in laps.items()))
@@ -119,7 +129,7 @@ class Job:
     source: Source
     emit: Emit
     pipeline: str | None
-    target: str
+    target: tuple[str, ...]
     require: tuple[str, ...]
     verify: str
     tokens: int
@@ -162,7 +172,18 @@ def run(job: Job, laps: dict[str, float]) -> Made:
         after, events = _passes(job, pipeline, before)
     if job.emit is Emit.FUSED:
         return _text(str(after), events)
+    if job.emit in KERNELS:
+        return _kernels(job, after, events, laps)
     return _lowered(job, before, after, events, laps)
+
+
+def _kernels(job: Job, after: Graph, events: list[Event], laps: dict[str, float]) -> Made:
+    from plait.cli_kernels import compiled_text, gpu_targets, source_text
+
+    targets = gpu_targets(job.target or ("sm_90",))
+    with timed("kernels", laps):
+        triton = job.emit is Emit.TRITON
+        return _text(source_text(after) if triton else compiled_text(after, job.emit.value, targets), events)
 
 
 def _lowered(job: Job, before: Graph, after: Graph, events: list[Event], laps: dict[str, float]) -> Made:
@@ -170,7 +191,7 @@ def _lowered(job: Job, before: Graph, after: Graph, events: list[Event], laps: d
     from plait.lowering import lower
 
     with timed("lower", laps):
-        program = lower(after, target=job.target)
+        program = lower(after, target=",".join(job.target) or "cpu")
     if job.emit is Emit.FX:
         return _text(program.source, events)
     made = report(before, program, job.tokens)
@@ -246,4 +267,3 @@ def _from_stdin(text: str, task: str, dtype: str, packed: bool) -> Source:
         path = Path(folder) / ("stdin.json" if first.startswith("{") else "stdin.toml")
         path.write_text(text, encoding="utf-8")
         return Source(load_spec(path), None, task, dtype, packed)
-

@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from plait.ir import Graph, Node
     from plait.lowering import Program
 
-VIEWS = ("reshape", "split")  # other ways to see the same memory
-
 
 @dataclass(frozen=True)
 class Work:
@@ -123,25 +121,21 @@ def bindings(symbols: Iterable[str], tokens: int) -> dict[str, int]:
 
 
 def traffic(node: Node, tokens: int) -> int:
-    """Bytes that a node or kernel reads and writes; a view moves none, an embedding reads only the rows it gives."""
-    if node.is_op(*VIEWS):
-        return 0
-    results = [v.type for v in node.outputs]
-    operands = [v.type for v in node.operands]
-    if node.is_op("embedding"):
-        operands = [operands[1], *results]
-    return sum(t.bytes(bindings(t.symbols, tokens)) for t in (*operands, *results))
+    """Bytes that a node or kernel reads and writes."""
+    from plait.lowering.gpu.report import moved
+
+    return moved(node, bindings(_symbols(node), tokens))
 
 
 def arithmetic(node: Node, tokens: int) -> int:
     """Floating-point operations of a node, or of all nodes in the kernel it calls."""
-    from plait.ir import Graph
+    from plait.lowering.gpu.report import flops
 
-    if isinstance(node.op, Graph):
-        return sum(arithmetic(n, tokens) for n in node.op.nodes)
-    types = [v.type if v is not None else None for v in node.inputs]
-    symbols = {s for t in types if t for s in t.symbols}
-    return node.op.flops(types, node.attrs, bindings(symbols, tokens))
+    return flops(node, bindings(_symbols(node), tokens))
+
+
+def _symbols(node: Node) -> set[str]:
+    return {s for v in (*node.operands, *node.outputs) for s in v.type.symbols}
 
 
 def facts(made: Report) -> dict[str, Any]:
