@@ -79,8 +79,18 @@ def op_facts(made: OpDef) -> dict[str, Any]:
         "linear": [sorted(group) for group in made.linear],
         "attributes": [_attribute(made, name) for name in made.attrs],
         "flops": made.flops_text,
+        "gradient": gradient(made),
         "lowerings": {t: _lowering(made, forms.get(t)) for t in TARGETS},
     }
+
+
+def gradient(made: OpDef) -> str:
+    """The equations of its cotangents, where they are written, or why there are none."""
+    if made.vjp_rule is None:
+        return f"none: {made.constant}"
+    if isinstance(made.vjp_rule, str):
+        return inspect.cleandoc(made.vjp_rule) or "0: it is constant between its steps"
+    return f"equations whose number types decide, at {place(made.vjp_rule)}"
 
 
 def _attribute(made: OpDef, name: str) -> dict[str, Any]:
@@ -121,6 +131,7 @@ def _page(facts: dict[str, Any]) -> str:
         "linear": linear or "no",
         "attributes": ("\n" + " " * INDENT).join(attributes) or "none",
         "flops": facts["flops"],
+        "gradient": facts["gradient"].replace("\n", "\n" + " " * INDENT),
     }
     lowerings = [f"  {target}: {x['runs']} at {x['defined']}, {x['why']}" for target, x in facts["lowerings"].items()]
     return "\n".join([facts["name"], *(f"  {k:<{INDENT - 2}}{v}" for k, v in lines.items()), "lowerings", *lowerings]) + "\n"
