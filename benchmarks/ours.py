@@ -46,7 +46,7 @@ def _lowered(text: str) -> Callable[..., Any] | Missing:
         passes = importlib.import_module("plait.passes")
         graph = passes.Pipeline.parse(passes.DEFAULT).run(importlib.import_module("plait").parse(text))
         program = importlib.import_module("plait.lowering").lower(graph, target="cpu")
-        call = importlib.import_module("plait.runtime.runner").CompiledLayer(program.entry, graph)
+        call = importlib.import_module("plait.runtime.runner").CompiledLayer(program.entry, graph, program.fingerprint)
     except (ImportError, AttributeError) as error:
         return Missing(f"plait.lowering: {error}")
     return call if len(graph.outputs) > 1 else lambda *values: call(*values)[0]
