@@ -18,6 +18,7 @@ from ..reshape import view_steps
 from ..rows import RowKernel
 from ..rows.launch import launch
 from .aot import Job
+from .machine import find_target
 from .sources import load
 
 Tensor = torch.Tensor
@@ -99,10 +100,15 @@ def jobs(kernel: RowKernel, operands: Sequence[Tensor], target: str) -> list[Job
     module, made = load(kernel.source, kernel.name), list[Job]()
 
     def note(function: str, programs: int, arguments: Mapping[str, Any], warps: int) -> None:
-        made.append(Job(getattr(module, function), (), arguments, target, num_warps=warps))
+        made.append(Job(getattr(module, function), (), arguments, target, num_warps=waves(warps, find_target(target).warp)))
 
     launch(kernel, operands, note)
     return made
+
+
+def waves(warps: int, threads: int) -> int:
+    """Warps of 32 threads, as a machine whose warps have so many counts them."""
+    return max(1, warps * 32 // threads)
 
 
 def job_key(job: Job) -> Hashable:

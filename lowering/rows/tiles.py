@@ -59,8 +59,13 @@ class Section:
 
     @cached_property
     def each(self) -> int:
-        """Elements per thread: 16 in float32, fewer where several rows of each operand are held at once."""
-        return 4 if shifted(self.piece) else 16
+        """Elements per thread: 16 in float32, fewer where several rows of each operand are held at once.
+
+        Eight bf16 are a load of 128 bits; where rows are not aligned to that, or sums are held too, four are enough.
+        """
+        if not shifted(self.piece):
+            return 16
+        return 4 if self.summing or not self.inner or int(self.inner[-1].size) % 16 else 8
 
     @property
     def warps(self) -> int:
