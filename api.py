@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from plait.frontends import ModelSpec, build, dump_spec, load_spec
 from plait.ir import CheckpointError, Graph, PlaitError
 from plait.lowering import lower
@@ -39,6 +40,10 @@ def compile(
 ) -> CompiledModel:
     """Compile a spec to a module: `model(tokens) -> logits`, `model.loss(tokens, labels)`, `model.generate(tokens, n)`.
 
+    Targets: "cpu"; "cuda" runs row kernels in Triton, its weights are made on the CUDA device (without one they stay on the
+    CPU, where the same program is torch code); "interpreter" runs the row kernels' Triton source on the CPU, slowly;
+    "reference" runs what each op means.
+
     dtype is that of the weights (the spec's own when empty); mode "infer" turns gradients and dropout off; `passes` is the
     pipeline's text; without `jit` every layer runs eagerly. Raises PlaitError for a spec, target, dtype or pipeline that
     cannot be.
@@ -53,7 +58,8 @@ def compile(
         graph = program(known, task=variant.task, dtype=dtype, packed=variant.packed, training=variant.training)
         return lower(pipeline.run(graph), target=target)
 
-    model = CompiledModel(build(known, dtype=dtype), make, description=dump_spec(known), compiled=jit, seed=seed)
+    graph, device = build(known, dtype=dtype), "cuda" if target == "cuda" and torch.cuda.is_available() else "cpu"
+    model = CompiledModel(graph, make, description=dump_spec(known), compiled=jit, seed=seed, device=device)
     return model if mode == "train" else model.eval().requires_grad_(False)
 
 

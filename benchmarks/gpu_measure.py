@@ -198,8 +198,9 @@ def ours(p: Problem, mode: str, poison: bool = False) -> Setup:
         call = launched(p.graph, p.xs, poison)
         return lambda: call
     made = gradient_of(p.graph)
-    results = launched(p.graph, p.xs)() if made.again else []
-    back = launched(made.graph, [*(p.xs[i] for i in made.reads), *(results[i] for i in made.again), *p.dys], poison)
+    again = any(i >= len(p.xs) for i in made.reads)  # it reads results of the forward
+    values = [*p.xs, *(launched(p.graph, p.xs)() if again else ())]
+    back = launched(made.graph, [*(values[i] for i in made.reads), *p.dys], poison)
     return lambda: back
 
 

@@ -21,35 +21,45 @@ Pull = Callable[[Node, "list[Value | None]", "list[bool]"], "Sequence[Value | No
 class Backward:
     """The backward kernel of a kernel, and what its inputs and results are."""
 
-    graph: Graph  # inputs: what it reads of the forward, then d_<result> for every float result; results: d_<input>
-    reads: tuple[int, ...]  # which forward inputs its first inputs are
+    graph: Graph  # inputs: what it reads of the forward, then the cotangents that are given; results: d_<input>
+    reads: tuple[int, ...]  # which of the forward's inputs, and behind them its results, the first inputs are
     of: tuple[int, ...]  # which forward inputs its results are the cotangents of
-    again: tuple[int, ...] = ()  # which forward results stand behind those inputs
 
 
-def backward(kernel: Graph, wanted: Sequence[bool] | None = None, *, results: bool = False) -> Backward:
+def backward(
+    kernel: Graph, wanted: Sequence[bool] | None = None, *, given: Sequence[bool] | None = None, results: bool = False
+) -> Backward:
     """The gradient of a kernel, which recomputes inside what it needs, in at least float32.
 
-    `wanted` says of which inputs (of all floats otherwise). With `results`, the forward's own results may be read where
-    that is less to read than what they were made of.
+    `wanted` says of which inputs (of all floats otherwise), `given` which float results have cotangents (all otherwise).
+    With `results`, the forward's own results are read where that is less to read than what they were made of.
     """
     asked = tuple(wanted) if wanted is not None else (True,) * len(kernel.inputs)
-    made = _least(kernel, asked) if results else _backward(kernel, asked, ())
+    there = tuple(given) if given is not None else (True,) * len(kernel.outputs)
+    made = _backward(kernel, asked, there, spared(kernel) if results else ())
     if made is None:
         raise PassError(f"{kernel.name} has no gradient: no float result depends on a float input whose gradient is wanted")
     return made
 
 
-def _least(kernel: Graph, wanted: tuple[bool, ...]) -> Backward | None:
-    """The backward kernel that reads least, of those that take results of the forward."""
-    made, chosen = _backward(kernel, wanted, ()), tuple[int, ...]()
+def spared(kernel: Graph) -> tuple[int, ...]:
+    """The results that the whole gradient reads less for than for what they were made of: it need not make them again."""
+    wanted, given = (True,) * len(kernel.inputs), (True,) * len(kernel.outputs)
+    made, chosen = _backward(kernel, wanted, given, ()), tuple[int, ...]()
     for i, v in enumerate(kernel.outputs):
-        if made is None or not v.type.is_float or v not in kernel.makers or v in kernel.outputs[:i]:
+        if made is None or not v.type.is_float or v in kernel.outputs[:i] or _is_view(kernel, v):
             continue
-        other = _backward(kernel, wanted, (*chosen, i))
+        other = _backward(kernel, wanted, given, (*chosen, i))
         if other is not None and _traffic(other) < _traffic(made):
             made, chosen = other, (*chosen, i)
-    return made
+    return chosen
+
+
+def _is_view(kernel: Graph, value: Value) -> bool:
+    """Whether it is an input, or a part of one."""
+    while (maker := kernel.makers.get(value)) is not None and maker.is_op("split", "reshape"):
+        value = maker.operands[0]
+    return maker is None
 
 
 def _traffic(made: Backward) -> int:
@@ -58,33 +68,35 @@ def _traffic(made: Backward) -> int:
     return sum(t.bytes(dict.fromkeys(t.symbols, 64)) for t in types)
 
 
-def _backward(kernel: Graph, wanted: tuple[bool, ...], again: tuple[int, ...]) -> Backward | None:
-    return _named_backward(kernel, wanted, again, dump(kernel))
+def _backward(kernel: Graph, wanted: tuple[bool, ...], given: tuple[bool, ...], again: tuple[int, ...]) -> Backward | None:
+    return _named_backward(kernel, wanted, given, again, dump(kernel))
 
 
 @lru_cache(maxsize=4096)
-def _named_backward(kernel: Graph, wanted: tuple[bool, ...], again: tuple[int, ...], text: str) -> Backward | None:
+def _named_backward(
+    kernel: Graph, wanted: tuple[bool, ...], given: tuple[bool, ...], again: tuple[int, ...], text: str
+) -> Backward | None:
     """Graphs are equal whatever their values are called; `text` keeps those apart whose gradients read differently."""
-    given, kernel = kernel, _widened(kernel)
+    was, kernel = kernel, _widened(kernel)
     leaves = [v for v, asked in zip(kernel.inputs, wanted, strict=True) if asked and v.type.is_float]
-    flows, count = carrying(kernel, leaves, kernel.outputs), len(kernel.inputs) + len(again)
+    flows = carrying(kernel, leaves, [v for v, there in zip(kernel.outputs, given, strict=True) if there])
     replay = Replay(kernel, name=f"{kernel.name}_backward")
     b, env, sums = replay.builder, replay.env, Cotangents(replay.builder)
-    kept = {kernel.outputs[i]: b.input(given.outputs[i].name, given.outputs[i].type) for i in again}
+    kept = {kernel.outputs[i]: b.input(was.outputs[i].name, was.outputs[i].type) for i in again}
     for node in kernel.nodes:
         made = zip(node.outputs, replay.keep(node), strict=True)
         env.update({v: _wide(b, kept[v], node.loc) if v in kept else x for v, x in made})
-    for v, was in zip(kernel.outputs, given.outputs, strict=True):
-        if v.type.is_float:
-            sums.add(v, _wide(b, b.input(f"d_{was.name}", cotangent_type(was.type)), ""))
+    for v, old, there in zip(kernel.outputs, was.outputs, given, strict=True):
+        if there and v.type.is_float:
+            sums.add(v, _wide(b, b.input(f"d_{old.name}", cotangent_type(old.type)), ""))
     reverse(kernel.nodes, sums, flows, lambda node, given, asked: pull(b, node, env, given, asked))
     found = {i: d for i, v in enumerate(kernel.inputs) if v in flows and (d := sums.total(v)) is not None}
     if not found:
         return None
-    graph, read = _pruned(b, [*found.values()], count)
-    reads = tuple(i for i in range(len(given.inputs)) if i in read)
-    used = tuple(n for i, n in enumerate(again, len(given.inputs)) if i in read)
-    return Backward(named(graph, [f"d_{kernel.inputs[i].name}" for i in found]), reads, tuple(found), used)
+    places = [*range(len(was.inputs)), *(len(was.inputs) + i for i in again)]
+    graph, read = _pruned(b, [*found.values()], len(places))
+    reads = tuple(n for i, n in enumerate(places) if i in read)
+    return Backward(named(graph, [f"d_{kernel.inputs[i].name}" for i in found]), reads, tuple(found))
 
 
 def _widened(kernel: Graph) -> Graph:
@@ -215,12 +227,11 @@ def pull(
     inputs = [env[v] if v is not None else None for v in node.inputs]
     if isinstance(node.op, OpDef):
         return pullback(b, node, inputs, [env[v] for v in node.outputs], given, asked)
-    there = [i for i, d in enumerate(given) if d is not None]
-    made = _least(replace(node.op, outputs=tuple(node.op.outputs[i] for i in there)), tuple(asked))
+    made = _backward(node.op, tuple(asked), tuple(d is not None for d in given), spared(node.op))
     if made is None:
         return [None] * len(inputs)
-    again = [env[node.outputs[there[i]]] for i in made.again]
-    operands = [*(inputs[i] for i in made.reads), *again, *(d for d in given if d is not None)]
+    values = [*inputs, *(env[v] for v in node.outputs)]
+    operands = [*(values[i] for i in made.reads), *(d for d in given if d is not None)]
     found = dict(zip(made.of, b.emit(made.graph, operands, names=[v.name for v in made.graph.outputs]), strict=True))
     return [found.get(i) for i in range(len(inputs))]
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import operator
-from functools import cache
-from pathlib import Path
 
 import torch
 from torch import fx
 
 from ..ir import Graph, Node, PlaitError, Value, parameters
-from .program import Choice, Program
+from .program import Choice, Program, fingerprint
 from .reshape import view_steps
+from .rows import Declined
 from .table import TARGETS, choose
+from .triton_ops import KernelOp, backward_declined, kernel_op
 
 
 def lower(graph: Graph, *, target: str = "cpu") -> Program:
@@ -30,14 +29,7 @@ def lower(graph: Graph, *, target: str = "cpu") -> Program:
     return Program(graph, target, entry.module(), layers, tuple(parameters(graph)), tuple(choices), fingerprint())
 
 
-@cache
-def fingerprint() -> str:
-    """A digest of the source of every op and form."""
-    root = Path(__file__).parent.parent
-    digest = hashlib.sha256()
-    for file in sorted([*(root / "ir").rglob("*.py"), *(root / "lowering").rglob("*.py")]):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()[:16]
+ROW_KERNELS = ("cuda", "interpreter")  # targets on which a kernel is one op
 
 
 class _Emitter:
@@ -78,7 +70,7 @@ class _Emitter:
         if node.op.role == "layer":
             args += [self.params[f"{node.attrs['params']}.{name}"] for name in parameters(node.op)]
             return self.fx.call_module(self.names[node.op], tuple(args))
-        return self.fx.call_module(self._kernel(node.op), tuple(args))
+        return self.fx.call_module(self._kernel(node.op, node.loc), tuple(args))
 
     def _views(self, node: Node) -> fx.Node:
         made = self.env[node.operands[0]]
@@ -86,11 +78,24 @@ class _Emitter:
             made = self.fx.call_method(method, (made, *args))
         return made
 
-    def _kernel(self, kernel: Graph) -> str:
+    def _kernel(self, kernel: Graph, loc: str) -> str:
         if kernel not in self.kernels:
             name = self.kernels[kernel] = f"kernel{len(self.kernels)}"
-            self.root.add_module(name, _Emitter(kernel, self.target, self.choices).module())
+            made = self._row_kernel(kernel, loc) if self.target in ROW_KERNELS else None
+            self.root.add_module(name, made or _Emitter(kernel, self.target, self.choices).module())
         return self.kernels[kernel]
+
+    def _row_kernel(self, kernel: Graph, loc: str) -> fx.GraphModule | None:
+        """The kernel as one op; None, with the reason among the choices, where its ops run one by one."""
+        try:
+            made = kernel_op(kernel, interpreted=self.target == "interpreter")
+        except Declined as declined:
+            self.choices.append(Choice(self.graph.name, kernel.name, loc, "op by op", f"no row kernel: {declined}"))
+            return None
+        back = backward_declined(made.kernel)
+        why = f"one pass forward; backward op by op: {back}" if back else "one pass forward, one backward"
+        self.choices.append(Choice(self.graph.name, kernel.name, loc, "row kernel", why))
+        return _called(made)
 
     def _results(self, node: Node, made: fx.Node) -> None:
         """Name the results; a graph always gives a tuple, an op only when it has several results."""
@@ -100,3 +105,13 @@ class _Emitter:
         for i, value in enumerate(node.outputs):
             if value in self.graph.uses or value in self.graph.outputs:
                 self.env[value] = self.fx.call_function(operator.getitem, (made, i))
+
+
+def _called(op: KernelOp) -> fx.GraphModule:
+    """A kernel's op as a module that gives every result of its graph."""
+    graph = fx.Graph()
+    operands = tuple(graph.placeholder(f"x{i}") for i in range(len(op.kernel.inputs)))
+    made = graph.call_function(op.call, operands)
+    alone = len(op.kernel.outputs) == 1
+    graph.output(tuple(made if alone else graph.call_function(operator.getitem, (made, i)) for i in op.order))
+    return fx.GraphModule(torch.nn.Module(), graph, "Kernel")

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 
 from torch import fx
 
 from ..ir import Graph, parameters
+
+
+@cache
+def fingerprint() -> str:
+    """A digest of the source of every op, every form and the generator of row kernels."""
+    root = Path(__file__).parent.parent
+    digest = hashlib.sha256()
+    for file in sorted([*(root / "ir").rglob("*.py"), *(root / "lowering").rglob("*.py")]):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 from ..ir import OPS, Node, OpDef
 from . import forms
 
-TARGETS = ("cpu", "reference")
+TARGETS = ("cpu", "reference", "cuda", "interpreter")
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,21 @@ _CPU: dict[str, Form] = {
     "cross_entropy": Form(forms.cross_entropy, "softmax recomputed in the backward"),
     "linear_cross_entropy": Form(forms.linear_cross_entropy, "in blocks of tokens, the logits never exist"),
 }
+_NO_HOST = "torch code that no host waits for"
+_CUDA: dict[str, Form] = {
+    **{name: form for name, form in _CPU.items() if name != "linear"},
+    "attention": Form(forms.device.attention, "SDPA, masks made on the device"),
+    "causal_conv1d": Form(forms.device.causal_conv1d, _NO_HOST),
+    "anticausal_conv1d": Form(forms.device.anticausal_conv1d, _NO_HOST),
+    "conv1d_taps": Form(forms.device.conv1d_taps, _NO_HOST),
+    "grouped_linear": Form(forms.device.grouped_linear, "few rows fetch their matrices, many are a GEMM per expert"),
+}
+_FORMS = {"cpu": _CPU, "reference": dict[str, Form](), "cuda": _CUDA, "interpreter": _CUDA}
 
 
 def form_of(op: OpDef, target: str) -> Form | None:
     """The form that runs `op` on `target`, or None for its reference."""
-    return _CPU.get(op.name) if target == "cpu" else None
+    return _FORMS[target].get(op.name)
 
 
 def targets_of(op: OpDef) -> dict[str, Form]:

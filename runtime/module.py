@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from ..ir import DTYPES, DataError, Graph, fill, parameters
 from ..ir.sizes import value as bound_size
 from ..lowering.program import Program
+from .capture import Decoder, recorder
 from .checkpoint import read_tensors, save_tensors
 from .runner import CompiledLayer, Runner
 
@@ -32,15 +34,16 @@ class CompiledModel(torch.nn.Module):
     """A model compiled from a graph; its parameters carry the graph's own names, `layers.3.w_in`."""
 
     def __init__(
-        self, graph: Graph, make: Callable[[Variant], Program], *, description: str = "", compiled: bool = True, seed: int = 0
-    ) -> None:
+        self, graph: Graph, make: Callable[[Variant], Program], *, description: str = "", compiled: bool = True, seed: int = 0,
+        device: str = "cpu",
+    ) -> None:  # fmt: skip
         super().__init__()
         self.graph, self.description = graph, description
         self._layers: dict[Graph, CompiledLayer] | None = {} if compiled else None
         self._make, self._runners = make, dict[Variant, Runner]()
         self.vocab = int(graph.params[0].type.dims[0].size)  # rows of the embedding, the first parameter
         for name, tensor in initial(graph, seed).items():
-            _place(self, name, torch.nn.Parameter(tensor))
+            _place(self, name, torch.nn.Parameter(tensor.to(device)))
 
     # -- programs -------------------------------------------------------------------------
 
@@ -76,16 +79,22 @@ class CompiledModel(torch.nn.Module):
         tokens = self._tokens(tokens)
         return self._run(*self._call("loss", tokens, shifted(tokens, cu) if labels is None else labels, cu, seed))[0]
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are; inputs are brought there."""
+        return self.get_parameter(self.graph.params[0].name).device
+
     def _call(
         self, task: str, tokens: Tensor, labels: Tensor | None, cu: Tensor | None, seed: Tensor | None
     ) -> tuple[Any, ...]:
         """The variant that these arguments ask for, and its inputs in order."""
-        given = [tokens, *([labels] if labels is not None else [])]
+        given = [tokens, *([labels.to(tokens.device)] if labels is not None else [])]
         if cu is not None:
             given.append(self._borders(tokens, cu))
         variant = Variant(task, cu is not None, self.training)
         if any(v.name == "seed" for v in self.runner(variant).program.graph.inputs):
-            given.append(torch.tensor(int(torch.randint(2**31, ()))) if seed is None else seed)
+            drawn = torch.tensor(int(torch.randint(2**31, ()))) if seed is None else seed
+            given.append(drawn.to(tokens.device))
         return variant, *given
 
     def _tokens(self, tokens: Tensor) -> Tensor:
@@ -97,7 +106,7 @@ class CompiledModel(torch.nn.Module):
             low, high = (int(x) for x in tokens.aminmax())
             if low < 0 or high >= self.vocab:
                 raise DataError(f"tokens holds the token {low if low < 0 else high}; tokens are from 0 to {self.vocab - 1}")
-        return tokens.long()
+        return tokens.to(self.device, torch.int64)
 
     def _borders(self, tokens: Tensor, cu: Tensor) -> Tensor:
         cu = cu.long()
@@ -105,7 +114,7 @@ class CompiledModel(torch.nn.Module):
         if tokens.shape[0] != 1 or not rises or int(cu[0]) != 0 or int(cu[-1]) != tokens.shape[1]:
             must = "it must rise from 0 to the length, with a batch of one"
             raise DataError(f"cu is {cu.tolist()} for tokens {list(tokens.shape)}; {must}")
-        return cu
+        return cu.to(tokens.device)
 
     # -- generation -----------------------------------------------------------------------
 
@@ -138,22 +147,24 @@ class CompiledModel(torch.nn.Module):
         seed: int = 0,
         stop: int | None = None,
     ) -> Iterator[Tensor]:
-        """The new tokens [b], one position at a time. Prompt and steps run one cached program."""
+        """The new tokens [b], one position at a time. Prompt and steps run one cached program.
+
+        On a CUDA device the step of one token is recorded as a CUDA graph, unless it waits for the host.
+        """
         tokens, rng = self._tokens(tokens), torch.Generator().manual_seed(seed)
         if max_new_tokens < 0:
             raise DataError(f"max_new_tokens is {max_new_tokens}, must be 0 or more")
         states = self.fresh_states(tokens.shape[0], tokens.shape[1] + max_new_tokens)
-        done, at = torch.zeros(tokens.shape[0], dtype=torch.bool, device=tokens.device), 0
+        done = torch.zeros(tokens.shape[0], dtype=torch.bool, device=tokens.device)
+        decode = Decoder(partial(self._run, Variant("cached")), states, recorder(tokens.device, max_new_tokens))
         for _ in range(max_new_tokens):
-            with torch.inference_mode():  # a step has nothing to remember
-                logits, *states = self._run(Variant("cached"), tokens, torch.tensor(at, device=tokens.device), *states)
-            at += tokens.shape[1]
-            new = pick(logits[:, -1], temperature, top_k, rng)
+            new = pick(decode(tokens), temperature, top_k, rng)
             new = new if stop is None else torch.where(done, stop, new)
             yield new
-            done |= new == stop if stop is not None else done
-            if bool(done.all()):
-                return
+            if stop is not None:
+                done |= new == stop
+                if bool(done.all()):
+                    return
             tokens = new[:, None]
 
     def fresh_states(self, batch: int, length: int) -> list[Tensor]:

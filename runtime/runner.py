@@ -54,7 +54,7 @@ class CompiledLayer(torch.nn.Module):
         """What a compiled variant is for: which symbolic sizes are one, dtypes, and whether gradients are wanted."""
         ones = tuple(args[i].shape[d] == 1 for i, dims in enumerate(self.symbolic) for d in dims)
         grad = torch.is_grad_enabled() and any(a.requires_grad for a in args)
-        return (ones, args[0].dtype, args[-1].dtype, grad, torch.is_autocast_enabled("cpu"))
+        return (ones, args[0].dtype, args[-1].dtype, grad, torch.is_autocast_enabled(args[0].device.type))
 
 
 class Runner:

@@ -89,7 +89,7 @@ def test_compiled_text_of_every_target_prints(glu: str) -> None:
     text = good("compile", glu, "--emit=ptx", "--target", "sm_90,gfx942", "--target", "sm_80").stdout
     assert re.findall(r"^\.target (\w+)", text, re.MULTILINE) == ["sm_90a", "sm_80"] * 2
     assert text.count(".amdgcn_target") == 2 and text.count("; ==== glu") == 2
-    assert "; ==== glu, forward, called by mlp: plait_glu for gfx942, 8 warps, AMD's assembly (amdgcn)" in text
+    assert "; ==== glu, forward, called by mlp: plait_glu for gfx942, 4 warps, AMD's assembly (amdgcn)" in text
     assert text.count("// ==== glu_backward, backward, called by mlp: plait_glu_backward for sm_") == 2
     ttgir = good("compile", glu, "--emit=ttgir").stdout
     assert ttgir.count('ttg.target = "cuda:90"') == 2 and "8 warps, Triton's GPU IR" in ttgir
@@ -105,7 +105,7 @@ def test_targets_that_cannot_be_are_named(glu: str, monkeypatch: pytest.MonkeyPa
 
 
 def test_what_has_no_kernels_or_no_gradient_says_so() -> None:
-    plain = "def f(x: f32[b, s, 8]):\n    y = silu(x)\n    return y\n"
+    plain = "def f(x: f32[b, s, 8]):\n    y = scale(x, by=2.0)\n    return y\n"
     assert good("compile", "-", "--emit=triton", stdin=plain).stdout == "# f has no kernels\n"
     assert good("compile", "-", "--emit=ptx", stdin=plain).stdout == "// f has no kernels\n"
     whole = "@kernel\ndef f(x: i64[b, s]):\n    y = positions(x)\n    return y\n"

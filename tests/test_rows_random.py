@@ -30,7 +30,8 @@ class Grower:
 
     def grow(self) -> Graph:
         for _ in range(self.pick.randint(2, 7)):
-            step = self.pick.choice((self.alone, self.alone, self.pair, self.column, self.heads, self.halves, self.row, self.taps))
+            steps = (self.alone, self.alone, self.pair, self.column, self.heads, self.halves, self.row, self.taps)
+            step = self.pick.choice(steps)
             self.flat.append(step(self.pick.choice(self.flat)))
         made = [v for v in self.flat if v not in self.b.inputs]
         results = self.pick.sample(made, min(len(made), self.pick.randint(1, 3)))

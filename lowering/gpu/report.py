@@ -12,6 +12,7 @@ from typing import TypeVar
 from ...ir import Graph, Node, OpDef, Value
 from ...ir.sizes import value as size_value
 from ...ir.types import BYTES
+from ..kernels import layout
 from ..rows import Declined, RowKernel, row_kernel
 from ..rows.launch import shared
 from ..rows.tiles import shifted
@@ -55,6 +56,7 @@ def _read(node: Node) -> list[Value]:
 
 def kernel_bytes(kernel: Graph, sizes: Sizes) -> int:
     """Bytes that a kernel reads and writes: every operand once, every result once, and its sums over rows out and in."""
+    kernel = layout(kernel).computed
     read = sum(_elements_read(kernel, v, sizes) * BYTES[v.type.dtype] for v in kernel.inputs)
     written = sum(v.type.bytes({**sizes}) for v in dict.fromkeys(kernel.outputs) if v in kernel.makers)
     return read + written + _partial_bytes(kernel, sizes)
@@ -122,9 +124,9 @@ def _fault(used: Resources | CompileError, wide: bool) -> str:
 
 
 def generated(graph: Graph) -> RowKernel | Declined:
-    """The row kernel of a graph, or why there is none."""
+    """The row kernel of what a graph computes, or why there is none; results that are parts of operands cost nothing."""
     try:
-        return row_kernel(graph)
+        return row_kernel(layout(graph).computed)
     except Declined as reason:
         return reason
 

@@ -101,7 +101,7 @@ def _inside(p: Puller, x: Expr, *, low: float, high: float) -> Expr:
     return m("where", m("gt", x, high), 0.0, above) if high < math.inf else above
 
 
-def _zeros_like(p: Puller, x: Expr) -> Expr:
+def _zeros_like(p: Puller, x: Expr, *, partial: tuple[str, ...] = ()) -> Expr:
     return p.pool.const(0.0)
 
 

@@ -53,7 +53,7 @@ def row_kernel(graph: Graph) -> RowKernel:
 
 @lru_cache(maxsize=1024)
 def _row_kernel(graph: Graph, text: str) -> RowKernel:
-    """Graphs are equal whatever their values are called; the text that names them is part of the key, as it is of the source."""
+    """Graphs are equal whatever their values are called, so the text, whose names the source has, is part of the key."""
     _check(graph)
     pool = Pool()
     first, second = pieces(graph, pool)

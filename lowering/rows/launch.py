@@ -33,7 +33,7 @@ def launch(kernel: RowKernel, operands: Sequence[Tensor], run: Run) -> tuple[Ten
     values |= {f"n_{i}": sizes[size] for i, size in enumerate(kernel.sizes)}
     values["g"] = shared(kernel, sizes)
     if kernel.sums:
-        values["p_s"] = torch.empty(max(1, values["g"]), kernel.sums, dtype=torch.float32, device=operands[0].device)
+        values["p_s"] = torch.empty(torch.sym_max(1, values["g"]), kernel.sums, dtype=torch.float32, device=operands[0].device)
     for step in kernel.launches:
         _step(step, values, sizes, run)
     return results
@@ -60,7 +60,11 @@ def blocks(section: Section, sizes: Mapping[str, int]) -> int:
 def shared(kernel: RowKernel, sizes: Mapping[str, int]) -> int:
     """How many programs share the sums over rows: as many as have rows, at most PARTS."""
     summing = [s for s in kernel.launches[0].sections if s.summing]
-    return min(PARTS, max([blocks(s, sizes) for s in summing], default=0))
+    symbolic: Any = torch
+    most = 0
+    for section in summing:
+        most = symbolic.sym_max(most, blocks(section, sizes))  # sizes may be symbols, which a comparison would fix
+    return symbolic.sym_min(PARTS, most)
 
 
 def programs(section: Section, sizes: Mapping[str, int], parts: int) -> int:

@@ -9,8 +9,10 @@ from .index import Axis, Extent, Index, Modulo, Term
 
 # {0}, {1}, ... are the arguments.
 TEXT: Mapping[str, str] = {
-    "add": "{0} + {1}", "sub": "{0} - {1}", "mul": "{0} * {1}", "div": "{0} / {1}", "neg": "-{0}", "exp": "tl.exp({0})", "rsqrt": "tl.rsqrt({0})",
-    "sigmoid": "1.0 / (1.0 + tl.exp(-{0}))", "tanh": "libdevice.tanh({0})", "log1p": "libdevice.log1p({0})", "erf": "tl.erf({0})",
+    "add": "{0} + {1}", "sub": "{0} - {1}", "mul": "{0} * {1}", "div": "{0} / {1}", "neg": "-{0}",
+    "exp": "tl.exp({0})", "rsqrt": "tl.rsqrt({0})",
+    "sigmoid": "1.0 / (1.0 + tl.exp(-{0}))", "tanh": "libdevice.tanh({0})", "log1p": "libdevice.log1p({0})",
+    "erf": "tl.erf({0})",
     "max": "tl.maximum({0}, {1}, propagate_nan=tl.PropagateNan.ALL)",
     "min": "tl.minimum({0}, {1}, propagate_nan=tl.PropagateNan.ALL)",
     "gt": "{0} > {1}",

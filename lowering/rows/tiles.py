@@ -78,8 +78,8 @@ def sections(pieces: Sequence[Piece], second: bool = False) -> list[Section]:
     made = [_section(p, second) for p in pieces]
     least = min((s.each for s in made), default=16)
     tile = 1 if second else max([TILE * least // 16, *(s.elements for s in made)])
-    if max((s.elements for s in made), default=0) > MOST:
-        raise Declined(f"its rows have parts of {max(s.elements for s in made)} places that cross each other, at most {MOST} fit")
+    if (most := max((s.elements for s in made), default=0)) > MOST:
+        raise Declined(f"its rows have parts of {most} places that cross each other, at most {MOST} fit")
     return [replace(s, units=max(1, tile // s.elements)) for s in made]
 
 
