@@ -176,7 +176,7 @@ over rows writes and reads its partial sums; gradients of kernels recompute what
 products, attention, recurrences and routing move the same before and after, and count in the layers; so do ops that stand
 alone, whose gradients are no kernels.
 
-A ratio below 1 is a region that moves more than its ops do: a view becomes a copy where it is a result of a kernel.
+A result that is a part of an operand stays a view and moves nothing; its cotangent is written with the others'.
 """
 KERNELS = """# Kernels
 

@@ -6,6 +6,7 @@ from .differentiate import differentiate
 from .fuse import fuse
 from .manager import Event, PassFailed, Pipeline, read_reproducer
 from .outline import Region, convex, inline, inline_kernels, outline, outline_all, region
+from .place import place
 from .recompute import recompute
 from .registry import NUMERICS, PASSES, Option, Pass, register
 from .remarks import Remark
@@ -20,6 +21,6 @@ DEFAULT = "canonicalize,carry-residual,fuse,outline-rows,dce"
 __all__ = [
     "DEFAULT", "NUMERICS", "PASSES", "Event", "Option", "Pass", "PassFailed", "Pipeline", "Region", "Remark", "Report",
     "Rule", "State", "cache_states", "canonicalize", "carry_residual", "check_types", "convex", "cse", "dce", "differentiate",
-    "fuse", "inline", "inline_kernels", "outline", "outline_all", "outline_rows", "read_reproducer", "recompute", "region",
-    "register", "rewrite", "simplify", "validate", "with_cache",
+    "fuse", "inline", "inline_kernels", "outline", "outline_all", "outline_rows", "place", "read_reproducer", "recompute",
+    "region", "register", "rewrite", "simplify", "validate", "with_cache",
 ]  # fmt: skip

@@ -1,0 +1,232 @@
+"""Remedies: what an op that must see whole sequences does when its tokens are split over ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..ir import Graph, Node, OpDef, PlacementError, TensorType, ops
+from ..ir.signature import spread
+from ..ir.sizes import divide
+from ..ir.types import BYTES
+
+FAMILY = frozenset(op.name for op in ops.FAMILY)
+Types = Sequence[TensorType | None]
+
+
+@dataclass(frozen=True)
+class Split:
+    """A mesh axis that tokens are split over, and its number of ranks."""
+
+    axis: str
+    ranks: int
+
+    def __str__(self) -> str:
+        return f"{self.axis}={self.ranks}"
+
+    def dim(self, type_: TensorType) -> int | None:
+        """The dim of a value that is split over the axis."""
+        return next((i for i, d in enumerate(type_.dims) if self.axis in d.axes), None)
+
+    def lives(self, type_: TensorType) -> bool:
+        """Whether ranks hold different parts of a value."""
+        return self.dim(type_) is not None or self.axis in type_.partial
+
+    def whole(self, type_: TensorType) -> TensorType:
+        """The value, all of it on every rank."""
+        dims = tuple(replace(d, axes=tuple(a for a in d.axes if a != self.axis)) for d in type_.dims)
+        return replace(type_, dims=dims, partial=type_.partial - {self.axis})
+
+    def over(self, type_: TensorType, index: int) -> TensorType:
+        """A whole value, split along one dim."""
+        d = type_.dims[index]
+        return type_.with_dim(index, replace(d, axes=(*d.axes, self.axis)))
+
+    def even(self, type_: TensorType) -> bool:
+        """Whether every rank has as much; symbolic sizes are the caller's word."""
+        index = self.dim(type_)
+        return index is None or self.divides(type_.dims[index].size)
+
+    def divides(self, size: int | str) -> bool:
+        return not isinstance(size, int) or size % self.ranks == 0
+
+
+@dataclass(frozen=True)
+class Site:
+    """An op that needs a remedy, in the unplaced graph."""
+
+    graph: Graph
+    node: Node
+    split: Split
+
+    @property
+    def op(self) -> OpDef:
+        assert isinstance(self.node.op, OpDef)
+        return self.node.op
+
+    @property
+    def types(self) -> list[TensorType | None]:
+        return [v.type if v is not None else None for v in self.node.inputs]
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """One way out: the letter that is split instead of the tokens (none: nothing is), and why it may not be taken."""
+
+    name: str
+    ops: frozenset[str]  # empty for every op
+    letter: str
+    about: str
+    refuses: Callable[[Site, str], str]  # the reason, empty where it is legal
+
+    def serves(self, op: OpDef) -> bool:
+        return not self.ops or op.name in self.ops
+
+    def targets(self, op: OpDef, types: Types, attrs: Mapping[str, Any], split: Split) -> list[TensorType | None]:
+        """Where each operand must live: split along the letter, whole otherwise."""
+        made = [split.whole(t) if t is not None else None for t in types]
+        for use in op.bind(made, attrs).uses.get(self.letter, ()):
+            type_ = made[use.operand]
+            assert type_ is not None
+            made[use.operand] = split.over(type_, use.position)
+        return made
+
+
+def _undivided(site: Site, letter: str) -> str:
+    """The operand whose dim the ranks do not divide."""
+    bound = site.op.bind(site.types, site.node.attrs)
+    if site.split.divides(bound.size[letter]):
+        return ""
+    use = min(bound.uses[letter], key=lambda u: site.types[u.operand].dims[u.position].size != bound.size[letter])  # type: ignore[union-attr] # it is used
+    name, type_ = site.op.inputs[use.operand].name, site.types[use.operand]
+    return f"{name} is {type_}; dim {use.position} must be a multiple of {site.split}"
+
+
+def _sections(site: Site, letter: str) -> str:
+    """Channels go with the heads they become, if the sections behind the conv part evenly and recurrences take heads."""
+    behind = sections_of(site.graph, site.node)
+    if behind is None:
+        return "its result is not parted into sections at once, or its states are used"
+    sizes = behind.attrs["sizes"]
+    if odd := next((n for n in sizes if n % site.split.ranks), None):
+        return f"sections of {sizes} channels; {odd} must be a multiple of {site.split}"
+    takers = _takers(site.graph, behind)
+    if not takers:
+        return "no recurrence takes its channels"
+    return next((why for n in takers if (why := _undivided(replace(site, node=n), "g"))), "")
+
+
+def _channels(site: Site, letter: str) -> str:
+    """Not on the way to a recurrence that everything is gathered for: then its channels are gathered once, before it."""
+    for node in _takers(site.graph, site.node):
+        if why := _undivided(replace(site, node=node), "g"):
+            return f"{node.op.name} behind it gathers: {why}"
+    return _undivided(site, letter)
+
+
+def sections_of(graph: Graph, conv: Node) -> Node | None:
+    """The split that alone reads a conv which starts and ends without states."""
+    y, *final = conv.outputs
+    users = graph.uses.get(y, ())
+    used = any(v in graph.uses or v in graph.outputs for v in final) or y in graph.outputs
+    if used or len(users) != 1 or not users[0].is_op("split") or conv.inputs[3] is not None:
+        return None
+    return users[0]
+
+
+def _takers(graph: Graph, start: Node) -> list[Node]:
+    """The recurrences that a node's results reach."""
+    reached, found = set(start.outputs), list[Node]()
+    for node in graph.nodes:
+        if not reached.intersection(node.operands):
+            continue
+        if node.is_op(*FAMILY):
+            found.append(node)
+        else:
+            reached.update(node.outputs)
+    return found
+
+
+CONV = frozenset({"causal_conv1d"})
+REMEDIES = (
+    Remedy("heads", FAMILY | {"attention"}, "g", "each rank has whole sequences of some heads", _undivided),
+    Remedy("sections", CONV, "c", "channels travel once, with the heads that they become", _sections),
+    Remedy("channels", CONV, "c", "each rank has whole sequences of some channels", _channels),
+    Remedy(
+        "gather",
+        frozenset({"attention"}),
+        "",
+        "each rank has all tokens; q is gathered too, since no operand says where a rank's queries stand",
+        lambda site, letter: "",
+    ),
+    Remedy("gather", frozenset(), "", "each rank has all tokens and does all the work", lambda site, letter: ""),
+)
+
+
+def choices(op: OpDef, attention: str, recurrence: str) -> list[Remedy]:
+    """The remedies of an op in order of preference; a conv goes as the recurrences do."""
+    wanted = attention if op.name == "attention" else recurrence if op.name in FAMILY | CONV else "gather"
+    return [r for r in REMEDIES if r.serves(op) and (wanted == "heads" or r.name == "gather")]
+
+
+def aligned(op: OpDef, types: Types, attrs: Mapping[str, Any], split: Split) -> list[TensorType | None]:
+    """Whole operands split as those they meet, which moves nothing."""
+    made = [*types]
+    for letter, uses in op.bind(types, attrs).uses.items():
+        if op.role(letter) != "map" or not any(split.axis in u.dim.axes for u in uses):
+            continue
+        for use in uses:
+            type_ = made[use.operand]
+            if type_ is not None and not split.lives(type_):
+                made[use.operand] = split.over(type_, use.position)
+    return made
+
+
+def result_letters(op: OpDef, result: int, rest: int) -> list[str]:
+    """The letter of each dim of a result, composites as they are written."""
+    return [" ".join(a.letters) for a in spread(op.outputs[result].axes, rest)]
+
+
+def inferred(op: OpDef, types: Types, attrs: Mapping[str, Any], split: Split) -> tuple[TensorType, ...] | None:
+    """Types of the results; None where operands cannot live as they do, or would be uneven."""
+    if not all(split.even(t) for t in types if t is not None):
+        return None
+    try:
+        return op.infer(types, attrs)
+    except PlacementError:
+        return None
+
+
+def token_letters(op: OpDef, types: Types, attrs: Mapping[str, Any], split: Split) -> set[str]:
+    """The letters whose dims are split."""
+    return {letter for letter, uses in op.bind(types, attrs).uses.items() if any(split.axis in u.dim.axes for u in uses)}
+
+
+def local_reshape(type_: TensorType, pattern: str, split: Split) -> str:
+    """`(h=8 d)` as `(h d=16)` where h is split: each rank finds its own number of heads."""
+    index, (left, right) = split.dim(type_), ops.sides(pattern)
+    spare = len(type_.dims) - len(left)
+    place = None if index is None else index - spare if left[0].letters == ("...",) else index
+    if index is None or place is None or place < 0 or len(left[place].letters) != 2 or "=" not in left[place].letters[0]:
+        return pattern
+    outer, inner = left[place].letters
+    size = divide(type_.dims[index].size, int(outer.split("=")[1]))
+    new = {outer: outer.split("=")[0], inner: f"{inner.split('=')[0]}={size}"}
+    texts = [_side([[new.get(x, x) for x in a.letters] for a in left]), _side([_bare(a.letters) for a in right])]
+    return " -> ".join(texts)
+
+
+def _side(axes: Sequence[Sequence[str]]) -> str:
+    return " ".join(letters[0] if len(letters) == 1 else f"({' '.join(letters)})" for letters in axes)
+
+
+def _bare(letters: Sequence[str]) -> list[str]:
+    """Sizes are said once, on the left; `u=1` comes of nothing."""
+    return [x if x == "u=1" else x.split("=")[0] for x in letters]
+
+
+def token_bytes(type_: TensorType, tokens: int | None) -> int:
+    """Bytes of what stands behind a value's token dim."""
+    behind = type_.dims if tokens is None else type_.dims[tokens + 1 :]
+    return replace(type_, dims=tuple(behind)).count(dict.fromkeys(type_.symbols, 1)) * BYTES[type_.dtype]

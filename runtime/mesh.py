@@ -1,0 +1,198 @@
+"""The ranks of a mesh as processes: who is where, process groups by axis, and a handshake before anything moves."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from math import prod
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+from ..ir import Mesh, PlaitError, check_name
+from ..lowering.forms.collectives import AxisGroup, use_axes
+
+_CARD = 4096  # bytes that each rank shows the others in a handshake: one size, whatever they disagree on
+_LINE, _FACTS, _PROBLEM = 100, 8, 1600  # characters of a value, how many there may be, and those of a rank's own trouble
+
+
+class MeshError(PlaitError):
+    """Processes that cannot run one program together."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this process stands: its rank of a mesh, its device, and its process group along every axis."""
+
+    mesh: Mesh
+    rank: int
+    device: torch.device
+    groups: Mapping[str, AxisGroup]
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What the launcher says of this process."""
+
+    rank: int
+    world: int
+    local_rank: int
+
+
+def parse_mesh(text: str) -> Mesh:
+    """The mesh of `cp=2,tp=4`; ranks count through the last axis fastest."""
+    axes = list[tuple[str, int]]()
+    for part in filter(None, text.replace(" ", "").split(",")):
+        found = re.fullmatch(r"([^=]+)=([1-9]\d{0,5})", part, re.ASCII)
+        if not found:
+            raise MeshError(f"mesh {text!r}: {part!r} is no axis; write a name and a number of ranks, such as `cp=2,tp=4`")
+        axes.append((check_name(found[1], "mesh axis"), int(found[2])))
+    if twice := next((name for i, (name, _) in enumerate(axes) if name in dict(axes[:i])), None):
+        raise MeshError(f"mesh {text!r} has axis {twice} twice; give its ranks once")
+    return Mesh(tuple(axes))
+
+
+def mesh_text(mesh: Mesh) -> str:
+    """`cp=2,tp=4`, as `parse_mesh` reads it."""
+    return ",".join(f"{name}={size}" for name, size in mesh.axes)
+
+
+def launched() -> Launch:
+    """What torchrun set in the environment; the one place that reads it."""
+    found = {name: os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    found["LOCAL_RANK"] = found["LOCAL_RANK"] or found["RANK"]
+    for name, value in found.items():
+        if not re.fullmatch(r"\d{1,6}", value, re.ASCII):
+            raise MeshError(f"{name} is {value!r}, must be a number; start with `torchrun --nproc-per-node N SCRIPT`")
+    return Launch(int(found["RANK"]), int(found["WORLD_SIZE"]), int(found["LOCAL_RANK"]))
+
+
+def init(mesh: str, *, device: str = "", store: str = "env://", timeout: float = 600.0) -> Place:
+    """Join the other ranks of `mesh` and use its axes from here on; gloo on processors, NCCL on GPUs.
+
+    Every rank that disagrees about the mesh, or waits `timeout` seconds for the others, raises MeshError.
+    """
+    shape, here = parse_mesh(mesh), launched()
+    ranks = prod(size for _, size in shape.axes)
+    if ranks != here.world:
+        wanted = f"mesh {mesh or '()'} has {ranks} ranks"
+        raise MeshError(f"{wanted}, but {here.world} processes were started; start {ranks}, or give a mesh of {here.world}")
+    if dist.is_initialized():
+        raise MeshError("this process has joined a mesh already; close it before it joins another")
+    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    at = torch.device("cuda", here.local_rank) if kind == "cuda" else torch.device(kind)
+    if at.type == "cuda":
+        torch.cuda.set_device(at)
+    _join(here, "nccl" if at.type == "cuda" else "gloo", store, timeout)
+    place = Place(shape, here.rank, at, {})
+    handshake(place, {"mesh": mesh_text(shape), "torch": torch.__version__})
+    place = Place(shape, here.rank, at, _groups(shape, at))
+    use(place)
+    return place
+
+
+def _join(here: Launch, backend: str, store: str, timeout: float) -> None:
+    wait = timedelta(seconds=timeout)
+    try:
+        dist.init_process_group(backend, init_method=store, timeout=wait, world_size=here.world, rank=here.rank)
+    except RuntimeError as error:  # a store says DistError, which is one; gloo says no more than RuntimeError
+        raise MeshError(_alone(here.rank, f"join {here.world} ranks at {store}", error)) from error
+
+
+def _alone(rank: int, what: str, error: Exception) -> str:
+    first = (str(error).splitlines() or [""])[0]
+    return f"rank {rank} could not {what}: {first[:300]}; another rank stopped or never came: see what it says"
+
+
+def _groups(shape: Mesh, at: torch.device) -> dict[str, AxisGroup]:
+    """One process group per axis, by name; functional collectives learn here how they compile."""
+    import torch.distributed._functional_collectives  # noqa: F401  # pyright: ignore[reportUnusedImport] # slow; gives the ops fake kernels
+
+    if not shape.axes:
+        return {}
+    names = tuple(name for name, _ in shape.axes)
+    placed = init_device_mesh(at.type, tuple(size for _, size in shape.axes), mesh_dim_names=names)
+    found = {name: placed.get_group(name) for name in names}
+    return {name: AxisGroup(str(g.group_name), shape[name], placed.get_local_rank(name)) for name, g in found.items()}
+
+
+def use(place: Place) -> None:
+    """Run collectives over the axes of this place from here on."""
+    use_axes(place.groups)
+
+
+def close() -> None:
+    """Leave the mesh."""
+    use_axes({})
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+# -- the handshake ----------------------------------------------------------------------------
+
+
+def handshake(place: Place, facts: Mapping[str, str], problem: str = "") -> None:
+    """Before anything moves: every rank raises the same MeshError if the ranks disagree on a fact, or one has a `problem`.
+
+    A rank that cannot go on comes here too and says why, so that the others do not wait for it.
+    """
+    assert len(facts) <= _FACTS
+    cards = [_read(card) for card in _exchange(place, _card(facts, problem))]
+    if troubles := [f"rank {r}: {trouble}" for r, (trouble, _) in enumerate(cards) if trouble]:
+        raise MeshError("; ".join(troubles))
+    names = dict.fromkeys(name for _, shown in cards for name in shown)
+    differing = [name for name in names if len({shown.get(name) for _, shown in cards}) > 1]
+    if differing:
+        told = "; ".join(_told(name, [shown.get(name, "absent") for _, shown in cards]) for name in differing)
+        raise MeshError(f"the ranks do not run one program: {told}; start all of them from the same spec, inputs and version")
+
+
+def _told(name: str, values: list[str]) -> str:
+    """`mesh is cp=2 on rank 0, tp=2 on rank 1`."""
+    by_value = dict[str, list[str]]()
+    for rank, value in enumerate(values):
+        by_value.setdefault(value, []).append(str(rank))
+    ranks = [f"{v or 'empty'} on rank{'s' if len(on) > 1 else ''} {_listed(on)}" for v, on in by_value.items()]
+    return f"{name} is {', '.join(ranks)}"
+
+
+def _listed(ranks: list[str]) -> str:
+    return ", ".join(ranks if len(ranks) <= 8 else [*ranks[:8], f"and {len(ranks) - 8} more"])
+
+
+def _plain(text: str, length: int) -> str:
+    return "".join(c if c.isascii() and c.isprintable() else "?" for c in text)[:length]
+
+
+def _stamp(value: str) -> str:
+    """Text of one line that is equal for equal values only: the value, or its digest where it is long."""
+    if len(value) <= _LINE and value == _plain(value, _LINE):
+        return value
+    return f"text of {len(value)} characters with sha256 {hashlib.sha256(value.encode()).hexdigest()[:32]}"
+
+
+def _card(facts: Mapping[str, str], problem: str) -> bytes:
+    lines = [_plain(problem, _PROBLEM), *(f"{_plain(name, _LINE)}={_stamp(value)}" for name, value in facts.items())]
+    return "\n".join(lines).encode("ascii").ljust(_CARD, b"\0")
+
+
+def _read(card: bytes) -> tuple[str, dict[str, str]]:
+    problem, *lines = card.rstrip(b"\0").decode("ascii").split("\n")
+    pairs = [line.partition("=") for line in lines]
+    return problem, {name: value for name, _, value in pairs}
+
+
+def _exchange(place: Place, card: bytes) -> list[bytes]:
+    """Every rank's card, in rank order."""
+    own = torch.frombuffer(bytearray(card), dtype=torch.uint8).to(place.device)
+    cards = [torch.empty_like(own) for _ in place.mesh.ranks]
+    try:
+        dist.all_gather(cards, own)
+    except RuntimeError as error:  # what every backend raises when a peer has died or is late
+        raise MeshError(_alone(place.rank, "hear from all ranks", error)) from error
+    return [bytes(c.cpu().numpy()) for c in cards]
