@@ -33,7 +33,8 @@ def launch(kernel: RowKernel, operands: Sequence[Tensor], run: Run) -> tuple[Ten
     values |= {f"n_{i}": sizes[size] for i, size in enumerate(kernel.sizes)}
     values["g"] = shared(kernel, sizes)
     if kernel.sums:
-        values["p_s"] = torch.empty(torch.sym_max(1, values["g"]), kernel.sums, dtype=torch.float32, device=operands[0].device)
+        parts: Any = torch.sym_max(1, values["g"])
+        values["p_s"] = torch.empty(parts, kernel.sums, dtype=torch.float32, device=operands[0].device)
     for step in kernel.launches:
         _step(step, values, sizes, run)
     return results
