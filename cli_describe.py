@@ -80,7 +80,7 @@ def op_facts(made: OpDef) -> dict[str, Any]:
         "attributes": [_attribute(made, name) for name in made.attrs],
         "flops": made.flops_text,
         "gradient": gradient(made),
-        "lowerings": {t: _lowering(made, forms.get(t)) for t in TARGETS},
+        "lowerings": {t: _lowering(made, forms.get(t)) for t in TARGETS} | _row_form(made),
     }
 
 
@@ -105,6 +105,15 @@ def _lowering(made: OpDef, form: Any) -> dict[str, str]:
     if form is None:
         return {"runs": "reference", "why": "fused with its neighbours by torch.compile", "defined": place(made.reference)}
     return {"runs": "form", "why": form.why, "defined": place(form.run)}
+
+
+def _row_form(made: OpDef) -> dict[str, dict[str, str]]:
+    """How the op is part of generated kernels, where it can be."""
+    from plait.lowering.rows import row_form
+
+    if (form := row_form(made.name)) is None:
+        return {}
+    return {"kernels": {"runs": "row form", "why": "in Triton kernels of fused regions", "defined": place(form)}}
 
 
 def place(fn: Callable[..., Any]) -> str:

@@ -5,9 +5,9 @@ import re
 
 import pytest
 import torch
-from plait.ir import TypeMismatch, parse
+from plait.ir import OPS, TypeMismatch, parse
 from plait.ir.gradient import backward
-from plait.lowering.rows import Declined, row_kernel
+from plait.lowering.rows import Declined, row_form, row_kernel
 from plait.lowering.rows.kernel import _row_kernel
 
 from tests.row_cases import CASES, ROWS, errors, exact, gradient_of, graph_of, interpreted, operands
@@ -205,3 +205,7 @@ def test_sums_along_axes_that_a_value_does_not_vary_on() -> None:
     text += "    u = mul(v, x)\n    c = column_sum(u)\n    return t, c\n"
     xs = operands(parse(text), {"s": 41})
     assert max(errors(interpreted(parse(text), xs).results, exact(parse(text), xs))) < LIMIT["f32"]
+
+
+def test_every_op_that_works_row_by_row_has_a_row_form() -> None:
+    assert not [op.name for op in OPS.values() if op.row and row_form(op.name) is None]
