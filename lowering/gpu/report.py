@@ -149,9 +149,11 @@ def _row(use: Use, kernel: RowKernel | Declined, used: Mapping[str, Resources | 
 def wide_rows(use: Use, kernel: RowKernel) -> bool:
     """Whether an operand has rows that a warp's 128-bit loads fit in, at places that Triton knows to be aligned.
 
-    A stencil is not asked: it holds many rows of few columns, so that rows are read once from memory.
+    A stencil is not asked: it holds many rows of few columns, so that rows are read once from memory. Nor is a kernel whose
+    views part rows into runs that no wide load ends with, as rope does with heads of 56 columns.
     """
-    if any(shifted(s.piece) for launch in kernel.launches for s in launch.sections):
+    first = kernel.launches[0].sections
+    if any(shifted(s.piece) for s in first) or not any(s.inner and int(s.inner[-1].size) % (WIDE // 2) == 0 for s in first):
         return False
     read = [x for v, x in zip(use.graph.inputs, use.operands, strict=True) if use.graph.uses.get(v)]
     return any(
