@@ -11,7 +11,7 @@ import torch
 from ...ir import DTYPES, TypeMismatch
 from ...ir.sizes import value as size_value
 from .kernel import Launch, RowKernel
-from .tiles import PARTS, REPEATS, Section
+from .tiles import LEAST, PARTS, REPEATS, Section
 
 Tensor = torch.Tensor
 LIMIT = 2**31  # units of one launch: their number is counted in 32 bits, addresses in 64
@@ -59,13 +59,17 @@ def blocks(section: Section, sizes: Mapping[str, int]) -> int:
 
 
 def shared(kernel: RowKernel, sizes: Mapping[str, int]) -> int:
-    """How many programs share the sums over rows: as many as have rows, at most PARTS."""
+    """How many programs share the sums over rows: as many as have rows, at most PARTS.
+
+    Where programs share the columns too, fewer do: partial sums are traffic.
+    """
     summing = [s for s in kernel.launches[0].sections if s.summing]
+    limit = max(LEAST, min(PARTS, 2 * PARTS // min([s.chunks for s in summing], default=1)))
     symbolic: Any = torch
     most = 0
     for section in summing:
         most = symbolic.sym_max(most, blocks(section, sizes))  # sizes may be symbols, which a comparison would fix
-    return symbolic.sym_min(PARTS, most)
+    return symbolic.sym_min(limit, most)
 
 
 def programs(section: Section, sizes: Mapping[str, int], parts: int) -> int:

@@ -16,6 +16,7 @@ WIDEST = 8192  # elements of a row that one tile holds; longer rows are visited 
 HELD = 6  # values per element that registers hold of the widest tile: 65,536 of them are 8 for each of 8,192
 MOST = 2 * WIDEST  # elements of any tile
 PARTS = 256  # programs that a sum over rows is shared among, whatever the device: the same bits everywhere
+LEAST = 16  # of them, however many share the columns
 STENCIL = 256  # columns of a tile whose rows are read again by the rows behind them, so that these stand in it too
 REPEATS = 8  # blocks of units that a program visits where taps, many and narrow, are read for all of them
 SECOND = 128  # columns that a program of the second stage adds up
