@@ -99,7 +99,8 @@ def compile_command(
     task: Annotated[Task, typer.Option(help="Tokens to logits, labels to a loss, or logits with caches.")] = Task.LOGITS,
     packed: Annotated[bool, typer.Option("--packed", help="Several sequences in one row, with their borders.")] = False,
     target: Annotated[
-        list[str] | None, typer.Option(help="What the program is lowered for, cpu or reference; of kernels: sm_90,gfx942.")
+        list[str] | None,
+        typer.Option(help="What it is lowered for: cpu, cuda, interpreter or reference; with --emit=ttgir or ptx: sm_90,gfx942."),
     ] = None,
     require: Require = "",
     verify: VerifyOption = Verify.OFF,
