@@ -100,7 +100,7 @@ def compile_command(
     packed: Annotated[bool, typer.Option("--packed", help="Several sequences in one row, with their borders.")] = False,
     target: Annotated[
         list[str] | None,
-        typer.Option(help="What it is lowered for: cpu, cuda, interpreter or reference; with --emit=ttgir or ptx: sm_90,gfx942."),
+        typer.Option(help="Lowered for cpu, cuda, interpreter or reference; code with --emit=ttgir, ptx: sm_90,gfx942."),
     ] = None,
     require: Require = "",
     verify: VerifyOption = Verify.OFF,
