@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..ir import Graph, Mesh, Node, OpDef, PassError, PlacementError, Replay, TensorType, Value, check_name, ops
+from ..ir import Graph, Node, OpDef, PassError, PlacementError, Replay, TensorType, Value, ops, parse_mesh
 from .outline import inline
 from .registry import Outcome, register
 from .remarks import Remark
@@ -27,7 +26,6 @@ from .remedies import (
 from .verify import reached
 
 WAYS = ("heads", "gather")
-_AXIS = re.compile(r"([A-Za-z_]\w*)=([1-9]\d{0,5})")
 
 
 @dataclass(frozen=True)
@@ -59,15 +57,6 @@ def place(
     known, said = Known(), list[Remark]()
     made = _Placing(graph, _inputs(graph, split), Plan(split, attention, recurrence), known, said).run()
     return made, tuple(said)
-
-
-def parse_mesh(text: str) -> Mesh:
-    """`dp=2 cp=4` as a mesh."""
-    parts = [_AXIS.fullmatch(part) for part in text.replace(",", " ").split()]
-    axes = [(check_name(m[1], "mesh axis"), int(m[2])) for m in parts if m]
-    if not axes or len(axes) < len(parts) or len(dict(axes)) < len(axes):
-        raise PassError(f"mesh is {text[:60]!r}; it must be named axes and their ranks, each name once: 'dp=2 cp=4'")
-    return Mesh(tuple(axes))
 
 
 def _values(graph: Graph) -> list[Value]:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from ..ir import Mesh, PlaitError, check_name
+from ..ir import Mesh, PlaitError, mesh_text, parse_mesh
 from ..lowering.forms.collectives import AxisGroup, use_axes
 
 _CARD = 4096  # bytes that each rank shows the others in a handshake: one size, whatever they disagree on
@@ -42,24 +42,6 @@ class Launch:
     rank: int
     world: int
     local_rank: int
-
-
-def parse_mesh(text: str) -> Mesh:
-    """The mesh of `cp=2,tp=4`; ranks count through the last axis fastest."""
-    axes = list[tuple[str, int]]()
-    for part in filter(None, text.replace(" ", "").split(",")):
-        found = re.fullmatch(r"([^=]+)=([1-9]\d{0,5})", part, re.ASCII)
-        if not found:
-            raise MeshError(f"mesh {text!r}: {part!r} is no axis; write a name and a number of ranks, such as `cp=2,tp=4`")
-        axes.append((check_name(found[1], "mesh axis"), int(found[2])))
-    if twice := next((name for i, (name, _) in enumerate(axes) if name in dict(axes[:i])), None):
-        raise MeshError(f"mesh {text!r} has axis {twice} twice; give its ranks once")
-    return Mesh(tuple(axes))
-
-
-def mesh_text(mesh: Mesh) -> str:
-    """`cp=2,tp=4`, as `parse_mesh` reads it."""
-    return ",".join(f"{name}={size}" for name, size in mesh.axes)
 
 
 def launched() -> Launch:

@@ -10,11 +10,24 @@ from zlib import crc32
 import torch
 import torch.distributed as dist
 
-from ..ir import DTYPES, Graph, Mesh, Node, PlaitError, TensorType, TypeMismatch, Value, gather, parameters, scatter
+from ..ir import (
+    DTYPES,
+    Graph,
+    Mesh,
+    Node,
+    PlaitError,
+    TensorType,
+    TypeMismatch,
+    Value,
+    gather,
+    mesh_text,
+    parameters,
+    scatter,
+)  # fmt: skip
 from ..ir.interp import below
 from ..ir.sizes import value
 from ..lowering.forms.collectives import COLLECTIVE_FORMS, all_reduce
-from .mesh import Place, handshake, mesh_text
+from .mesh import Place, handshake
 
 Tensor = torch.Tensor
 Params = Mapping[str, Tensor]

@@ -13,9 +13,21 @@ from plait.frontends.build import build
 from plait.frontends.load import load_spec
 from plait.frontends.presets import PRESETS
 from plait.frontends.shrink import shrink
-from plait.ir import Graph, Mesh, PassError, PlacementError, PlaitError, dump, evaluate, ops, parameters, parse, simulate
+from plait.ir import (
+    Graph,
+    Mesh,
+    PassError,
+    PlacementError,
+    PlaitError,
+    dump,
+    evaluate,
+    ops,
+    parameters,
+    parse,
+    parse_mesh,
+    simulate,
+)
 from plait.passes import DEFAULT, Event, Pipeline, Remark, check_types, differentiate, place, validate, with_cache
-from plait.passes.place import parse_mesh
 from plait.passes.samples import draw
 
 TINY = [p.name for p in PRESETS if p.name.endswith("-tiny") or p.name == "demo"]
@@ -285,9 +297,9 @@ def test_a_sum_over_tokens_is_whole_at_the_end() -> None:
 # -- mistakes -------------------------------------------------------------------------------------
 
 MISTAKES: list[tuple[Callable[[], object], type[PlaitError], str]] = [
-    (lambda: place(wide(), mesh="cp"), PassError, "must be named axes and their ranks"),
-    (lambda: place(wide(), mesh="cp=2 cp=2"), PassError, "each name once"),
-    (lambda: place(wide(), mesh="cp=0"), PassError, "must be named axes and their ranks"),
+    (lambda: place(wide(), mesh="cp"), PlacementError, "must be named axes and their ranks"),
+    (lambda: place(wide(), mesh="cp=2 cp=2"), PlacementError, "each name once"),
+    (lambda: place(wide(), mesh="cp=0"), PlacementError, "must be named axes and their ranks"),
     (lambda: place(wide(), axis="tp"), PlacementError, "no axis called tp; it has cp"),
     (lambda: place(place(wide())[0]), PassError, r"tokens is i64\[b, s@cp\], split over cp already"),
     (lambda: place(parse("def f(x: f64[7]):\n    y = silu(x)\n    return y\n")), PassError, "no input has tokens"),

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from plait.ir import OPS, Mesh, PlaitError, evaluate, parse_type, simulate
+from plait.ir import OPS, Mesh, PlaitError, evaluate, mesh_text, parse_mesh, parse_type, simulate
 from plait.ir.ops import COLLECTIVES
 from plait.lowering.forms.collectives import COLLECTIVE_FORMS, axis_group, reorder
-from plait.runtime.mesh import MeshError, launched, mesh_text, parse_mesh
+from plait.runtime.mesh import MeshError, launched
 from plait.runtime.spmd import dual
 from safetensors.torch import load_file
 
