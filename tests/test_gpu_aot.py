@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -207,3 +208,14 @@ def test_machines() -> None:
     assert predicted_seconds(4.3e9, 0, h200) == pytest.approx(1e-3)
     assert predicted_seconds(1, 989e9, h200, dtype="bf16") == pytest.approx(1e-3)
     assert predicted_seconds(1, 67e9, h200) == pytest.approx(1e-3)
+
+
+def test_code_does_not_depend_on_what_is_compiled_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """LLVM's options are the process's: one vendor's code must not be made while another's is."""
+    jobs = [Job(scale, (X, X, n, 0.5, n), {"B": 4096}, target) for n in (4096, 4099) for target in ("sm_80", "gfx942", "sm_90")]
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "alone"))
+    alone = [compile_kernel(j.fn, j.args, j.meta, j.target) for j in jobs]
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "together"))
+    for job, one, made in zip(jobs, alone, compile_all(jobs), strict=True):
+        stage = "amdgcn" if job.target == "gfx942" else "cubin"
+        assert isinstance(made, Compiled) and (made.target, made.asm[stage]) == (job.target, one.asm[stage])

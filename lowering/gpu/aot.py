@@ -55,9 +55,15 @@ def compile_kernel(
 
 def compile_all(jobs: Sequence[Job]) -> list[Compiled | CompileError]:
     """Every job's outcome, in the order of the jobs."""
+    # LLVM's options are the process's: code for one vendor comes out otherwise while another's is compiled beside it.
+    vendors = dict.fromkeys(find_target(j.target).backend for j in jobs)
+    found = dict[int, Compiled | CompileError]()
     # Threads: most of a compile is LLVM without Python's lock, and ptxas; kernels need not be sent anywhere.
     with LOCK, ThreadPoolExecutor(max(1, min(len(jobs), len(os.sched_getaffinity(0))))) as pool:
-        return [*pool.map(_outcome, jobs)]
+        for vendor in vendors:
+            mine = [i for i, j in enumerate(jobs) if find_target(j.target).backend == vendor]
+            found.update(zip(mine, pool.map(_outcome, [jobs[i] for i in mine]), strict=True))
+    return [found[i] for i in range(len(jobs))]
 
 
 def _outcome(job: Job) -> Compiled | CompileError:

@@ -24,7 +24,7 @@ from .resources import Resources, resources
 VIEWS = ("split", "reshape")  # other ways to see the same memory
 WIDE = 16  # bytes of the widest load of a thread
 WARP = 32  # threads: a row that gives each of them a wide load is worth one
-AT_ONCE = 16  # jobs of one batch for each core: progress is told between batches
+AT_ONCE = 24  # jobs of one batch for each core: progress is told between batches
 Sizes = Mapping[str, int]
 Told = Callable[[int, int], None]  # how many of how many are done
 T = TypeVar("T")
@@ -169,7 +169,8 @@ def wide_rows(use: Use, kernel: RowKernel) -> bool:
 def outcomes(wanted: Sequence[Job], keep: Callable[[Compiled], T], told: Told) -> dict[Hashable, T | CompileError]:
     """What is kept of each distinct job, by its key; over all cores."""
     distinct = {job_key(j): j for j in wanted}
-    keys, cores = [*distinct], len(os.sched_getaffinity(0))
+    cores = len(os.sched_getaffinity(0))
+    keys = sorted(distinct, key=lambda k: (distinct[k].target, -len(distinct[k].fn.src)))  # the longest first: no core waits
     found = dict[Hashable, T | CompileError]()
     told(0, len(keys))
     with ThreadPoolExecutor(cores) as pool:
