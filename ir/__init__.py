@@ -1,6 +1,6 @@
 """The noun of the compiler: types, ops, graphs, their text, and what they mean."""
 
-from . import ops
+from . import ops, ways
 from .dump import dump
 from .errors import CheckpointError, DataError, ParseError, PassError, PlacementError, PlaitError, SpecError, TypeMismatch
 from .graph import Builder, Graph, Node, Replay, Value, check_name, each_layer, parameters, retype, trace
@@ -18,5 +18,5 @@ __all__ = [
     "Node", "OpDef", "ParseError", "PassError", "PlacementError", "PlaitError", "Replay", "SpecError", "Stmt", "TensorType",
     "TypeMismatch", "Value", "Var", "check_name", "dump", "each_layer", "evaluate", "fill", "gather", "mesh_text", "op", "ops",
     "parameters", "parse", "parse_mesh", "parse_statements", "parse_type", "pullback", "reads", "retype", "scatter", "simulate",
-    "tensor_type", "trace",
+    "tensor_type", "trace", "ways",
 ]  # fmt: skip

@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 
+from .crossing import Here
 from .errors import PlacementError, TypeMismatch
 from .graph import Graph, Node, Value, parameters
+from .op import OpDef, across
 from .types import Mesh, TensorType
 
 Params = Mapping[str, torch.Tensor]
@@ -68,6 +70,8 @@ def simulate(graph: Graph, mesh: Mesh, *tensors: torch.Tensor, params: Params | 
             return _run(node.op, args, _inner_params(node, inner), step)
         if node.op.rank_rule:
             return (_collective(node, args[0], mesh),)
+        if node.attrs.get("over"):
+            return _across(node, args, mesh)
         per_rank = [
             node.op.reference(*[a[r] if a is not None else None for a in args], **node.attrs) for r in range(len(ranks))
         ]
@@ -92,6 +96,23 @@ def _collective(node: Node, shards: list[torch.Tensor], mesh: Mesh) -> list[torc
         for rank, tensor in zip(group, moved, strict=True):
             out[rank] = tensor
     return out
+
+
+def _across(node: Node, args: list[Any], mesh: Mesh) -> tuple[Any, ...]:
+    """An op that runs over an axis: the ranks of every group in lockstep, each on its own shards."""
+    axis = node.attrs["over"]
+    out: list[list[Any]] = [[None] * len(mesh.ranks) for _ in node.outputs]
+    for group in mesh.groups(axis):
+        places = [Here.of(node.attrs, len(group), i, _reference) for i in range(len(group))]
+        made = across(node.op, places, [[a[r] if a is not None else None for a in args] for r in group])  # type: ignore[arg-type] # an op has `over`
+        for rank, results in zip(group, made, strict=True):
+            for i, tensor in enumerate(results):
+                out[i][rank] = tensor
+    return tuple(out)
+
+
+def _reference(op: OpDef, *operands: Any, **attrs: Any) -> Any:
+    return op.reference(*operands, **attrs)
 
 
 def scatter(whole: torch.Tensor, type_: TensorType, mesh: Mesh) -> list[torch.Tensor]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cached_property, wraps
 from typing import TYPE_CHECKING, Any
 
 from . import cost
+from .crossing import Crossing, Here, OneWay, Sent, bare, check_split, crossed, crossed_back
 from .errors import PlacementError, TypeMismatch
 from .signature import Axis, Binding, Operand, alias, bind, parse_signature, spread
 from .sizes import plus, times
@@ -58,6 +59,8 @@ class OpDef:
     sample_rule: Callable[..., list[Any]] | None = None  # operands that random numbers cannot stand for
     vjp_rule: Gradient | None = None  # its cotangents, as text
     constant: str = ""  # why it has no gradient
+    crossing: Crossing | None = None  # how it runs over a split of letters that it must see whole
+    gradient_of: OpDef | None = None  # the op whose cotangents it computes
 
     def __call__(self, *operands: Any, **named: Any) -> Any:
         """On tensors, compute; on values, record."""
@@ -93,6 +96,15 @@ class OpDef:
     def samples(self, rule: Callable[..., list[Any]]) -> None:
         """Say which random operands make sense."""
         self.sample_rule = rule
+
+    def way(self, name: str, *, sent: Sent, orders: tuple[str, ...] = ("", "zigzag")) -> Callable[[Callable[..., Any]], None]:
+        """Say how it runs over split tokens: a generator (see `crossing`), named in the attribute `by`."""
+        assert self.crossing is not None
+
+        def define(rule: Callable[..., Any]) -> None:
+            self.crossing.ways[name] = OneWay(rule, sent, orders, (rule.__doc__ or "").strip())  # type: ignore[union-attr] # as above
+
+        return define
 
     def vjp(self, rule: Gradient) -> None:
         """Say the gradient, as equations over ops; a function of types (by name) and attributes, where these say how many."""
@@ -153,6 +165,8 @@ class OpDef:
 
     def infer(self, types: Types, attrs: Mapping[str, Any]) -> tuple[TensorType, ...]:
         """Types of the results; raises TypeMismatch or PlacementError."""
+        if self.crossing and attrs.get("over"):
+            return self._over(self.crossing, types, attrs)
         if self.type_rule:
             self._check_present(types)
             made = self.type_rule(*types, **attrs)
@@ -160,6 +174,24 @@ class OpDef:
         else:
             results = self.result_types(*self.placed(types, attrs))
         return tuple(checked(t, self.name) for t in results)
+
+    def _over(self, crossing: Crossing, types: Types, attrs: Mapping[str, Any]) -> tuple[TensorType, ...]:
+        """As without the split that is crossed; then results are split as operands are, partial where they have no tokens."""
+        bound, axis = self.bind(types, attrs), attrs["over"]
+        check_split(self.name, crossing, bound, attrs)
+        if summed := next((t for t in types if t is not None and axis in t.partial), None):
+            raise PlacementError(f"{self.name}: {summed} is partial over {axis}, which it runs over; all_reduce it first")
+        made = self.infer(bare(types, crossing, bound, axis), {**attrs, "over": ""})
+        absent = {o.name for o, t in zip(self.inputs, types, strict=True) if t is None}
+        outputs = [o for o in self.outputs if o.dtype not in absent] if len(made) < len(self.outputs) else self.outputs
+        return tuple(self._split_again(t, o, crossing, bound, axis) for t, o in zip(made, outputs, strict=True))
+
+    def _split_again(self, made: TensorType, out: Operand, crossing: Crossing, bound: Binding, axis: str) -> TensorType:
+        for i, a in enumerate(spread(out.axes, bound.rest)):
+            uses = bound.uses.get(a.letters[0], ()) if crossing.crosses(a.letters[0]) else ()
+            if dim := next((u.dim for u in uses if axis in u.dim.axes), None):
+                return made.with_dim(i, replace(made.dims[i], axes=(*made.dims[i].axes, axis), order=dim.order))
+        return made if crossing.summed else replace(made, partial=made.partial | {axis})
 
     def placed(self, types: Types, attrs: Mapping[str, Any]) -> tuple[Binding, Types, frozenset[str]]:
         """The letters and the axes that results are partial over; a PlacementError where an operand cannot live as it does."""
@@ -238,32 +270,72 @@ def op(
     linear: str = "",
     shape: str = "",
     same: str = "",
+    over: str = "",
+    summed: bool = False,
     **roles: str,
 ) -> Callable[[Callable[..., Any]], OpDef]:
-    """Define an op: `@op("x[... d], w[d] -> y[... d]", map="...", whole="d", linear="x, w")`."""
+    """Define an op: `@op("x[... d], w[d] -> y[... d]", map="...", whole="d", linear="x, w")`.
+
+    `over` are letters a split of which it can be run across, by one of its ways: it has attributes over, by and order then.
+    """
     inputs, outputs = parse_signature(signature)
     by_letter = {letter: role for role in ROLES for letter in roles.pop(role, "").split()}
     if roles:
         raise ValueError(f"unknown roles {sorted(roles)}; a role is one of {ROLES}")
     groups = tuple(frozenset(g.split()) for g in linear.split(",") if g.strip())
-    equal = {
-        n: (b, unless) for n, b, unless in (rule.split() for rule in same.split(",") if rule)
-    }  # "n b cu": n is b unless cu
+    same_as = [rule.split() for rule in same.split(",") if rule]  # "n b cu": n is b unless cu
+    equal = {n: (b, unless) for n, b, unless in same_as}
 
     def define(fn: Callable[..., Any]) -> OpDef:
         letters = {x for o in inputs for a in o.axes for x in a.letters if not x.isdigit()}
         if missing := letters ^ by_letter.keys():
             raise ValueError(f"{fn.__name__}: give each dim one role; differing: {sorted(missing)}")
-        params = inspect.signature(fn).parameters.values()
+        reference = _crossing_attrs(fn) if over else fn
+        params = inspect.signature(reference).parameters.values()
         attrs = {p.name: p.default for p in params if p.kind is p.KEYWORD_ONLY}
-        made = OpDef(
-            fn.__name__, inputs, outputs, by_letter, fn, attrs, flops, commutes, row, groups, frozenset(shape.split()), equal
-        )
+        claims = (flops, commutes, row, groups, frozenset(shape.split()), equal)
+        made = OpDef(fn.__name__, inputs, outputs, by_letter, reference, attrs, *claims)
+        made.crossing = Crossing(frozenset(over.split()), summed) if over else None
         made.__doc__ = fn.__doc__
         OPS[made.name] = made
         return made
 
     return define
+
+
+def across(op: OpDef, places: Sequence[Here], operands: Sequence[Sequence[Any]]) -> list[tuple[Any, ...]]:
+    """Every rank's results of an op that runs over their axis, in one process; a gradient's op goes by its forward's way."""
+    crossing, of = op.crossing, op.gradient_of
+    assert crossing is not None
+    way = crossing.ways[places[0].by]
+    if of is None:
+        return crossed(way, places, operands)
+    count = len(of.inputs)
+    starts = [seeds(of, xs[count:], here.rank) for here, xs in zip(places, operands, strict=True)]
+    return list(crossed_back(way, places, [xs[:count] for xs in operands], starts))
+
+
+def seeds(of: OpDef, cotangents: Sequence[Any], rank: int) -> list[Any]:
+    """A rank's cotangents of the results: of one that is whole, the first rank's alone."""
+    assert of.crossing is not None
+    whole = [of.crossing.summed and not any(of.crossing.crosses(x) for a in o.axes for x in a.letters) for o in of.outputs]
+    return [None if alone and rank else d for d, alone in zip(cotangents, whole, strict=True)]
+
+
+CROSSING_ATTRS = ("over", "by", "order")
+
+
+def _crossing_attrs(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """The reference with attributes that say how it runs over a split; what it means does not depend on them."""
+
+    @wraps(fn)
+    def reference(*operands: Any, over: str = "", by: str = "", order: str = "", **named: Any) -> Any:
+        return fn(*operands, **named)
+
+    own = inspect.signature(fn)
+    kinds = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default="", annotation="str") for n in CROSSING_ATTRS]
+    reference.__signature__ = own.replace(parameters=[*own.parameters.values(), *kinds])  # type: ignore[attr-defined] # read by inspect
+    return reference
 
 
 def accumulator(dtype: str) -> str:

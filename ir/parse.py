@@ -14,6 +14,7 @@ from .errors import ParseError, PlaitError, TypeMismatch
 from .graph import ROLES, Builder, Graph, Value, check_name
 from .init import Init, checked
 from .op import OPS, OpDef
+from .orders import parse_order
 from .sizes import Size
 from .statement import Source, Stmt, Var, literal, names, statement, syntax
 from .types import DTYPES, Dim, TensorType
@@ -206,11 +207,13 @@ def _dim(source: Source, node: ast.expr) -> Dim:
 
 
 def _order(source: Source, node: ast.expr) -> str:
-    match node:
-        case ast.Call(func=ast.Name(id="zigzag"), args=[ast.Constant(value=int(parts))], keywords=[]) if 0 < parts < 2**30:
-            return f"zigzag({int(parts)})"
-        case _:
-            source.fail("a token order is `zigzag(4)`; the natural order is not written", node)
+    text = "".join(ast.unparse(node).split())
+    try:
+        parse_order(text)
+    except TypeMismatch as error:
+        known = "zigzag(4), zigzag(4,packed) or sections(4,8,8,2)"
+        source.fail(f"an order is {known}; the natural one is not written: {str(error)[:120]}", node)
+    return text
 
 
 def _size(source: Source, node: ast.expr) -> Size:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from ..ir import Dim, Graph, Init, Node, TensorType, Value, fill, ops, parameters
+from ..ir.orders import multiple
 from ..ir.sizes import value as size_value
 from .verify import reached
 
@@ -45,7 +46,7 @@ def choose_sizes(graphs: Sequence[Graph]) -> dict[str, int]:
     divisor = dict[str, int]()
     for dim in _dims(graphs):
         if isinstance(dim.size, str) and dim.size.isidentifier():
-            needed = math.lcm(2 ** len(dim.axes), 2 * ops.order_parts(dim.order) or 1)
+            needed = math.lcm(2 ** len(dim.axes), multiple(dim.order))
             divisor[dim.size] = math.lcm(divisor.get(dim.size, 1), needed)
     inputs = [v for g in graphs for v in g.inputs]
     batch = {str(v.type.dims[0].size) for v in inputs if len(v.type.dims) > 1}

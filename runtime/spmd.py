@@ -15,6 +15,7 @@ from ..ir import (
     Graph,
     Mesh,
     Node,
+    OpDef,
     PlaitError,
     TensorType,
     TypeMismatch,
@@ -26,7 +27,8 @@ from ..ir import (
 )  # fmt: skip
 from ..ir.interp import below
 from ..ir.sizes import value
-from ..lowering.forms.collectives import COLLECTIVE_FORMS, all_reduce
+from ..lowering.forms.collectives import COLLECTIVE_FORMS, MOVING, all_reduce
+from ..lowering.forms.crossing import crossing_form
 from .mesh import Place, handshake
 
 Tensor = torch.Tensor
@@ -98,8 +100,16 @@ def local(graph: Graph, inputs: Sequence[Tensor], params: Params) -> tuple[Tenso
 def _step(node: Node, args: list[Any], params: Params) -> tuple[Tensor, ...]:
     if isinstance(node.op, Graph):
         return local(node.op, args, below(params, node.attrs["params"]) if "params" in node.attrs else {})
-    made = COLLECTIVE_FORMS.get(node.op.name, node.op.reference)(*args, **node.attrs)
+    if node.attrs.get("over"):
+        made = crossing_form(node.op, _reference)(*args, **node.attrs)
+        return made if isinstance(made, tuple) else (made,)
+    told = {"at": node.loc} if node.is_op(*MOVING) else {}
+    made = COLLECTIVE_FORMS.get(node.op.name, node.op.reference)(*args, **node.attrs, **told)
     return made if isinstance(made, tuple) else (made,)
+
+
+def _reference(op: OpDef, *operands: Any, **attrs: Any) -> Any:
+    return op.reference(*operands, **attrs)
 
 
 # -- placement --------------------------------------------------------------------------------

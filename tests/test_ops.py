@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 from plait.ir import OpDef, PlacementError, TensorType, TypeMismatch, evaluate, parse_type, simulate
-from plait.ir.ops import COLLECTIVES, order_parts
+from plait.ir.ops import COLLECTIVES
+from plait.ir.orders import parse_order
 from plait.ir.ops import reorder as reorder_op
 from plait.ir.sample import sample
 from plait.ir.types import DTYPES
@@ -144,7 +145,7 @@ def test_an_order_that_is_accepted_commutes(op: OpDef) -> None:
 
 def _reordered(x: Tensor, type_: TensorType) -> Tensor:
     for i, dim in enumerate(type_.dims):
-        if order_parts(dim.order):
+        if parse_order(dim.order):
             x = reorder_op.reference(x, dim=i, order=dim.order)
     return x
 

@@ -198,8 +198,8 @@ MISPLACED = [
     ("dispatch", ["f32[3, 4, 7]", "i64[3, 4, 2]+cp"], "experts is partial"),
     ("concat", ["f32[2, 8]+tp", "f32[2, 8]"], "a is partial over tp"),
     ("concat", ["f32[2, 8:zigzag(2)]", "f32[2, 8]"], "natural order"),
-    ("reorder", ["f32[2, 8]"], r"must be in order 'zigzag\(2\)'"),
-    ("reorder", ["f32[2, 8@cp:zigzag(2)]"], "is split; permute it before"),
+    ("reorder", ["f32[2, 8]", None], r"must be in order 'zigzag\(2\)'"),
+    ("reorder", ["f32[2, 8@cp:zigzag(2)]", None], "is split; permute it before"),
     ("cache_write", ["f32[1, 8, 2, 3]", "f32[1, 4:zigzag(2), 2, 3]", "i64[()]"], "x.t is 4:zigzag"),
 ]  # fmt: skip
 

@@ -2,7 +2,7 @@
 
 from .attention import attention, cache_read, cache_write
 from .backward import BACKWARD
-from .collective import COLLECTIVES, all_gather, all_reduce, all_to_all, order_parts, reduce_scatter, reorder, shard, zigzag
+from .collective import COLLECTIVES, all_gather, all_reduce, all_to_all, reduce_scatter, reorder, shard
 from .conv import anticausal_conv1d, causal_conv1d, conv1d_taps
 from .experts import (
     combine,
@@ -70,9 +70,9 @@ __all__ = [
     "column_sum", "combine", "concat", "conv1d_taps", "cross_entropy", "delta_rule", "dispatch", "dropout", "embedding",
     "embedding_sum", "fork_seed", "frequencies", "gated_delta_rule", "gated_linear_attention", "gelu", "grouped_linear",
     "grouped_outer", "inside", "kimi_delta_attention", "l2_norm", "last_token", "layer_norm", "linear",
-    "linear_cross_entropy", "load_balance_loss", "mul", "neg_exp", "normal_cdf", "order_parts", "outer", "positions",
+    "linear_cross_entropy", "load_balance_loss", "mul", "neg_exp", "normal_cdf", "outer", "positions",
     "put_last", "reduce_scatter", "relu", "relu2", "reorder", "reshape", "retention", "rms_norm", "rope", "route",
     "row_mean", "row_sum", "rsqrt", "scale", "scale_columns", "scale_heads", "scale_rows", "segments", "shard", "shift",
     "sides", "sigmoid", "silu", "softcap", "softplus", "split", "spread_columns", "spread_rows", "ssd", "step", "sub",
-    "sum_rows", "take_rows", "tanh", "wide", "widen", "z_loss", "zeros_like", "zigzag",
+    "sum_rows", "take_rows", "tanh", "wide", "widen", "z_loss", "zeros_like",
 ]  # fmt: skip

@@ -17,7 +17,7 @@ Tensor = torch.Tensor
 
 @op(
     "q[b t (g r) d], k[b s g d], v[b s g e], sinks[(g r)]?, cu:i64[n+1]?, at:i64[]? -> o[b t (g r) e]",
-    map="b g r e", scan="t s", whole="d n", flops="2*b*t*s*g*r*(d+e)",
+    map="b g r e", scan="t s", whole="d n", flops="2*b*t*s*g*r*(d+e)", over="t s",
 )  # fmt: skip
 def attention(
     q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None, cu: Tensor | None = None, at: Tensor | None = None,

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..crossing import Crossing
 from ..errors import TypeMismatch
 from ..op import OPS, Gradient, OpDef
 from ..sample import sample as draw
@@ -40,6 +41,9 @@ def backward_op(op: OpDef) -> OpDef:
         linear=(frozenset(o.name for o in given),),
         same=op.same,
     )
+    back.gradient_of = op
+    # Its ways are those of the op, found when they are asked for: a way may be said after the gradient was.
+    back.crossing = Crossing(op.crossing.letters, ways=op.crossing.ways) if op.crossing else None
     back.__doc__ = f"The cotangents of {op.name}'s operands, given those of its results"
     back.infers(_types(op, back))
     back.samples(_samples(op))

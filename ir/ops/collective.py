@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 
 from ..errors import PlacementError, TypeMismatch
 from ..op import op
+from ..orders import Sections, Zigzag, parse_order, permutation
 from ..types import Dim, TensorType
 
 Tensor = torch.Tensor
@@ -124,46 +124,37 @@ def _slices(x: Tensor, ranks: int, dim: int) -> Shards:
     return list(x.chunk(ranks, dim))
 
 
-def zigzag(length: int, parts: int) -> list[int]:
-    """The token at each place: 2 x parts chunks, rank r holding chunks r and 2 parts - 1 - r."""
-    if length % (2 * parts):
-        raise TypeMismatch(
-            f"zigzag({parts}): {length} tokens do not divide into {2 * parts} chunks; pad to a multiple of {2 * parts}"
-        )
-    size = length // (2 * parts)
-    chunks = [c for r in range(parts) for c in (r, 2 * parts - 1 - r)]
-    return [c * size + i for c in chunks for i in range(size)]
+@op("x[...], cu:i64[n+1]? -> y[...]", map="...", whole="n", linear="x")
+def reorder(x: Tensor, cu: Tensor | None = None, *, dim: int = 1, order: str = "", was: str = "") -> Tensor:
+    """Permute a dim from order `was` to `order`; '' is the natural one
 
-
-def order_parts(order: str) -> int:
-    """4 of `zigzag(4)`; the natural order has 0."""
-    found = re.fullmatch(r"zigzag\(([1-9]\d{0,8})\)", order)
-    if order and not found:
-        raise TypeMismatch(f"no token order called {order}; there is the natural one, '', and zigzag(n)")
-    return int(found[1]) if found else 0
-
-
-@op("x[...] -> y[...]", map="...", linear="x")
-def reorder(x: Tensor, *, dim: int = 1, order: str = "", was: str = "") -> Tensor:
-    """Permute tokens from order `was` to `order`: '' is natural, 'zigzag(n)' evens causal work over n ranks"""
-    index = torch.arange(x.shape[dim])
-    if parts := order_parts(was):
-        index = torch.tensor(zigzag(x.shape[dim], parts)).argsort()
-    if parts := order_parts(order):
-        index = index[torch.tensor(zigzag(x.shape[dim], parts))]
+    'zigzag(n)' evens causal work over n ranks, 'zigzag(n,packed)' in every segment; 'sections(n,a,b)' gives each rank its
+    share of every section of features.
+    """
+    index = permutation(was, x.shape[dim], cu).argsort()[permutation(order, x.shape[dim], cu)]
     return x.index_select(dim, index.to(x.device))
 
 
 @reorder.infers
-def _(x: TensorType, *, dim: int, order: str, was: str) -> TensorType:
+def _(x: TensorType, cu: TensorType | None, *, dim: int, order: str, was: str) -> TensorType:
     """The order is an attribute, which letters cannot say."""
     _dim(x, dim, "reorder")
-    order_parts(order)
+    _suits(x.dims[dim], order, cu)
+    _suits(x.dims[dim], was, cu)
     if x.dims[dim].order != was:
         raise PlacementError(f"reorder: dim {dim} of {x} must be in order {was or 'natural'!r}")
     if x.dims[dim].axes:
         raise PlacementError(f"reorder: dim {dim} of {x} is split; permute it before it is split or after it is gathered")
     return x.with_dim(dim, replace(x.dims[dim], order=order))
+
+
+def _suits(dim: Dim, order: str, cu: TensorType | None) -> None:
+    """Refuse an order that a dim cannot be in."""
+    made = parse_order(order)
+    if isinstance(made, Sections) and sum(made.sizes) != dim.size:
+        raise TypeMismatch(f"reorder: {order} adds up to {sum(made.sizes)}, the dim is {dim}")
+    if isinstance(made, Zigzag) and made.packed and cu is None:
+        raise TypeMismatch(f"reorder: {order} needs the borders of the segments, cu")
 
 
 def _dim(x: TensorType, dim: int, name: str) -> None:
@@ -208,7 +199,7 @@ reorder.samples(_collective_sample({"dim": 1, "order": "zigzag(2)"}))
 all_to_all.vjp("d_x = all_to_all(d_y, axis=axis, src=dst, dst=src)")
 reduce_scatter.vjp("d_x = all_gather(d_y, axis=axis, dim=dim)")
 shard.vjp("d_x = all_gather(d_y, axis=axis, dim=dim)")
-reorder.vjp("d_x = reorder(d_y, dim=dim, order=was, was=order)")
+reorder.vjp("d_x = reorder(d_y, cu, dim=dim, order=was, was=order)")
 
 
 @all_gather.vjp

@@ -16,7 +16,7 @@ Tensor = torch.Tensor
 
 @op(
     "x[b t c], w[c k], bias[c]?, state[n c k-1]?, cu:i64[n+1]? -> y[b t c], final[n c k-1]",
-    map="b c", scan="t", whole="k n", flops="2*b*t*c*k", same="n b cu",
+    map="b c", scan="t", whole="k n", flops="2*b*t*c*k", same="n b cu", over="t",
 )  # fmt: skip
 def causal_conv1d(
     x: Tensor, w: Tensor, bias: Tensor | None = None, state: Tensor | None = None, cu: Tensor | None = None,
@@ -45,7 +45,7 @@ def _(sample: Any) -> list[Any]:
 
 @op(
     "g[b t c], w[c k], final[n c k-1]?, cu:i64[n+1]? -> x[b t c], start[n c k-1]",
-    map="b c", scan="t", whole="k n", flops="2*b*t*c*k", same="n b cu", linear="g final",
+    map="b c", scan="t", whole="k n", flops="2*b*t*c*k", same="n b cu", linear="g final", over="t",
 )  # fmt: skip
 def anticausal_conv1d(g: Tensor, w: Tensor, final: Tensor | None = None, cu: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """x_t = sum_i w_i g_{t+k-1-i}, the transpose of causal_conv1d: `start` for its state, `final` from its last inputs"""
@@ -62,7 +62,7 @@ def anticausal_conv1d(g: Tensor, w: Tensor, final: Tensor | None = None, cu: Ten
 
 @op(
     "x[b t c], g[b t c], state[n c k-1]?, cu:i64[n+1]? -> w:acc[c k]",
-    map="c", sum="b", scan="t", whole="k n", flops="2*b*t*c*k", same="n b cu", linear="x state, g",
+    map="c", sum="b", scan="t", whole="k n", flops="2*b*t*c*k", same="n b cu", linear="x state, g", over="t",
 )  # fmt: skip
 def conv1d_taps(x: Tensor, g: Tensor, state: Tensor | None = None, cu: Tensor | None = None, *, k: int) -> Tensor:
     """w_i = sum_t g_t x_{t-k+1+i}: the gradient of causal_conv1d's taps"""
@@ -91,20 +91,20 @@ def _(sample: Any) -> list[Any]:
 
 causal_conv1d.vjp("""
     if act == 'silu':
-        z, last = causal_conv1d(widen(x), w, bias, state, cu)
+        z, last = causal_conv1d(widen(x), w, bias, state, cu, over=over, by=by, order=order)
         s = sigmoid(z)
         g = mul(widen(d_y), add(s, mul(mul(z, s), shift(scale(s, by=-1.0), by=1.0))))
     else:
         g = widen(d_y)
-    d_x, d_state = anticausal_conv1d(g, w, d_final, cu)
-    d_w = conv1d_taps(x, g, state, cu, k=k)
+    d_x, d_state = anticausal_conv1d(g, w, d_final, cu, over=over, by=by, order=order)
+    d_w = conv1d_taps(x, g, state, cu, k=k, over=over, by=by, order=order)
     d_bias = column_sum(g)
 """)
 anticausal_conv1d.vjp("""
-    d_g, d_final = causal_conv1d(d_x, w, state=d_start, cu=cu)
-    d_w = conv1d_taps(d_x, g, d_start, cu, k=k)
+    d_g, d_final = causal_conv1d(d_x, w, state=d_start, cu=cu, over=over, by=by, order=order)
+    d_w = conv1d_taps(d_x, g, d_start, cu, k=k, over=over, by=by, order=order)
 """)
 conv1d_taps.vjp("""
-    d_x, d_state = anticausal_conv1d(widen(g), d_w, cu=cu)
-    d_g, last = causal_conv1d(widen(x), d_w, state=state, cu=cu)
+    d_x, d_state = anticausal_conv1d(widen(g), d_w, cu=cu, over=over, by=by, order=order)
+    d_g, last = causal_conv1d(widen(x), d_w, state=state, cu=cu, over=over, by=by, order=order)
 """)

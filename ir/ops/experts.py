@@ -154,7 +154,7 @@ grouped_outer.vjp("""
 """)
 
 
-@op("logits[... e], experts:i64[... k] -> loss:acc[]", whole="... e k", flops="4*rest*e")
+@op("logits[... e], experts:i64[... k] -> loss:acc[]", whole="... e k", flops="4*rest*e", over="...", summed=True)
 def load_balance_loss(logits: Tensor, experts: Tensor, *, score: Literal["softmax", "sigmoid"] = "softmax") -> Tensor:
     """e * sum_e (share of choices that went to e) * (mean score of e), 1 when even"""
     scores = torch.softmax(wide(logits), -1) if score == "softmax" else torch.sigmoid(wide(logits))
@@ -170,7 +170,7 @@ def _(sample: Any) -> list[Any]:
     return [sample.randn(2, 3, 5), torch.tensor([[[0, 2], [1, 2], [4, 0]]] * 2), {}]
 
 
-@op("logits[... e] -> loss:acc[]", whole="... e", flops="3*rest*e")
+@op("logits[... e] -> loss:acc[]", whole="... e", flops="3*rest*e", over="...", summed=True)
 def z_loss(logits: Tensor) -> Tensor:
     """mean(logsumexp(logits)^2): keeps router logits small"""
     return torch.logsumexp(wide(logits), -1).square().mean()

@@ -13,7 +13,7 @@ from .pointwise import wide
 Tensor = torch.Tensor
 
 
-@op("tokens:i64[b t], at:i64[]?, cu:i64[n+1]? -> p:i64[b t]", map="b", scan="t", whole="n")
+@op("tokens:i64[b t], at:i64[]?, cu:i64[n+1]? -> p:i64[b t]", map="b", scan="t", whole="n", over="t")
 def positions(tokens: Tensor, at: Tensor | None = None, cu: Tensor | None = None) -> Tensor:
     """0, 1, 2, ... per row, from `at` on, or anew in every packed segment"""
     index = torch.arange(tokens.shape[1], device=tokens.device)

@@ -18,10 +18,14 @@ def scramble(h: Tensor) -> Tensor:
     return h & 0x7FFFFFFF
 
 
-@op("x[...], seed:i64[] -> y[...]", scan="...", flops="4*rest", linear="x")
+@op("x[...], seed:i64[] -> y[...]", scan="...", flops="4*rest", linear="x", over="...")
 def dropout(x: Tensor, seed: Tensor, *, p: float) -> Tensor:
     """x / (1 - p) where an element is kept, else 0; which ones depends on the seed and their places alone"""
-    index = torch.arange(x.numel(), device=x.device).reshape(x.shape)
+    return dropped(x, torch.arange(x.numel(), device=x.device).reshape(x.shape), seed, p)
+
+
+def dropped(x: Tensor, index: Tensor, seed: Tensor, p: float) -> Tensor:
+    """Dropout of elements whose places in the whole are `index`."""
     kept = scramble(index * 0x9E3779B1 + seed * 0x85EBCA77) >= int(p * 2**31)
     return torch.where(kept, x / (1 - p), torch.zeros_like(x))
 
@@ -32,7 +36,7 @@ def fork_seed(seed: Tensor, *, stream: int) -> Tensor:
     return scramble(seed * 0x632BE5AB + stream * 0x9E3779B1)
 
 
-dropout.vjp("d_x = dropout(d_y, seed, p=p)")
+dropout.vjp("d_x = dropout(d_y, seed, p=p, over=over, by=by, order=order)")
 fork_seed.no_gradient("its result is an integer")
 
 

@@ -80,7 +80,7 @@ def _per_key(decay: Tensor) -> Tensor:
 
 _QKV = "q[b t g k], k[b t g k], v[b t (g r) v]"
 _STATE = "state[n (g r) k v]?, cu:i64[n+1]? -> o:v[b t (g r) v], final:acc[n (g r) k v]"
-_ROLES: dict[str, Any] = {"map": "b g r v", "scan": "t", "whole": "k n", "same": "n b cu"}
+_ROLES: dict[str, Any] = {"map": "b g r v", "scan": "t", "whole": "k n", "same": "n b cu", "over": "t"}
 _DELTA = "6*b*t*g*r*k*v"
 _ADDITIVE = "4*b*t*g*r*k*v"
 

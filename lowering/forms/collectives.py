@@ -20,43 +20,21 @@ all ranks have alike is whole there, and moves less); it runs these same forms, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 
-from ...ir import PlacementError, TypeMismatch
-from ...ir.ops import order_parts
+from ...ir import TypeMismatch
+from ...ir.ops import reorder as REORDER  # the op, beside the form of the same name
+from ...ir.orders import Sections, parse_order
+from .traffic import AxisGroup, axis_group, collected, exchanged, scattered, summed, use_axes
 
+__all__ = [
+    "COLLECTIVE_FORMS", "MOVING", "AxisGroup", "all_gather", "all_reduce", "all_to_all", "axis_group", "reduce_scatter",
+    "reorder", "shard", "use_axes",
+]  # fmt: skip
 Tensor = torch.Tensor
-_C10D: Any = torch.ops._c10d_functional  # its functions are found by name when called
-
-
-@dataclass(frozen=True)
-class AxisGroup:
-    """The ranks that differ in one mesh axis alone, and where this rank stands among them."""
-
-    name: str  # of the process group
-    size: int
-    rank: int
-
-
-_AXES = dict[str, AxisGroup]()
-
-
-def use_axes(axes: Mapping[str, AxisGroup]) -> None:
-    """Say which process group each mesh axis is, from here on."""
-    _AXES.clear()
-    _AXES.update(axes)
-
-
-def axis_group(axis: str) -> AxisGroup:
-    """This rank's group along a mesh axis."""
-    if axis not in _AXES:
-        known = ", ".join(_AXES) or "none, as no mesh is in use"
-        raise PlacementError(f"a collective runs over mesh axis {axis}; this process has axes: {known}; init a mesh with it")
-    return _AXES[axis]
 
 
 def _cut(x: Tensor, dim: int, group: AxisGroup, axis: str) -> Tensor:
@@ -71,95 +49,89 @@ def _laid(x: Tensor, dim: int) -> Tensor:
     return x.movedim(0, dim).flatten(dim, dim + 1)
 
 
-def _done(x: Tensor) -> Tensor:
-    return cast(Tensor, _C10D.wait_tensor(x))
+def _swap(x: Tensor, axis: str, src: int, dst: int, at: str) -> Tensor:
+    return _laid(exchanged(_cut(x, dst, axis_group(axis), axis), axis, at), src)
 
 
-def _swap(x: Tensor, axis: str, src: int, dst: int) -> Tensor:
-    group = axis_group(axis)
-    slices, ones = _cut(x, dst, group, axis), [1] * group.size
-    return _laid(_done(_C10D.all_to_all_single(slices, ones, ones, group.name)), src)
+def _gathered(x: Tensor, axis: str, dim: int, at: str) -> Tensor:
+    return _laid(collected(x[None].contiguous(), axis, at), dim)
 
 
-def _gathered(x: Tensor, axis: str, dim: int) -> Tensor:
-    group = axis_group(axis)
-    stacked = _done(_C10D.all_gather_into_tensor(x[None].contiguous(), group.size, group.name))
-    return _laid(stacked, dim)
+def _scattered(x: Tensor, axis: str, dim: int, at: str) -> Tensor:
+    return scattered(_cut(x, dim, axis_group(axis), axis), axis, at)[0]
 
 
-def _scattered(x: Tensor, axis: str, dim: int) -> Tensor:
-    group = axis_group(axis)
-    slices = _cut(x, dim, group, axis)
-    return _done(_C10D.reduce_scatter_tensor(slices, "sum", group.size, group.name))[0]
-
-
-def _summed(x: Tensor, axis: str) -> Tensor:
-    return _done(_C10D.all_reduce(x.contiguous(), "sum", axis_group(axis).name))
+def _behind(at: str) -> str:
+    """Where the transpose of an exchange stands."""
+    return f"the backward of {at}" if at else "a backward"
 
 
 class _AllToAll(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: str, src: int, dst: int) -> Tensor:
-        ctx.attrs = axis, src, dst
-        return _swap(x, axis, src, dst)
+    def forward(ctx: Any, x: Tensor, axis: str, src: int, dst: int, at: str) -> Tensor:
+        ctx.attrs = axis, src, dst, at
+        return _swap(x, axis, src, dst, at)
 
     @staticmethod
     def backward(ctx: Any, d_y: Tensor) -> Any:  # type: ignore[override] # torch declares *grad_outputs
-        axis, src, dst = ctx.attrs
-        return _swap(d_y, axis, dst, src), None, None, None
+        axis, src, dst, at = ctx.attrs
+        return _swap(d_y, axis, dst, src, _behind(at)), None, None, None, None
 
 
 class _AllGather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: str, dim: int) -> Tensor:
-        ctx.attrs = axis, dim
-        return _gathered(x, axis, dim)
+    def forward(ctx: Any, x: Tensor, axis: str, dim: int, at: str) -> Tensor:
+        ctx.attrs = axis, dim, at
+        return _gathered(x, axis, dim, at)
 
     @staticmethod
     def backward(ctx: Any, d_y: Tensor) -> Any:  # type: ignore[override] # torch declares *grad_outputs
-        return _scattered(d_y, *ctx.attrs), None, None
+        axis, dim, at = ctx.attrs
+        return _scattered(d_y, axis, dim, _behind(at)), None, None, None
 
 
 class _ReduceScatter(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: str, dim: int) -> Tensor:
-        ctx.attrs = axis, dim
-        return _scattered(x, axis, dim)
+    def forward(ctx: Any, x: Tensor, axis: str, dim: int, at: str) -> Tensor:
+        ctx.attrs = axis, dim, at
+        return _scattered(x, axis, dim, at)
 
     @staticmethod
     def backward(ctx: Any, d_y: Tensor) -> Any:  # type: ignore[override] # torch declares *grad_outputs
-        return _gathered(d_y, *ctx.attrs), None, None
+        axis, dim, at = ctx.attrs
+        return _gathered(d_y, axis, dim, _behind(at)), None, None, None
 
 
 class _AllReduce(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: str) -> Tensor:
-        ctx.axis = axis
-        return _summed(x, axis)
+    def forward(ctx: Any, x: Tensor, axis: str, at: str) -> Tensor:
+        ctx.attrs = axis, at
+        return summed(x.contiguous(), axis, at)
 
     @staticmethod
     def backward(ctx: Any, d_y: Tensor) -> Any:  # type: ignore[override] # torch declares *grad_outputs
-        return _summed(d_y, ctx.axis), None
+        axis, at = ctx.attrs
+        return summed(d_y.contiguous(), axis, _behind(at)), None, None
 
 
-def all_to_all(x: Tensor, *, axis: str, src: int, dst: int) -> Tensor:
+def all_to_all(x: Tensor, *, axis: str, src: int, dst: int, at: str = "") -> Tensor:
     """Whole along `src`, one slice of `dst`: slice r of every rank goes to rank r, which lays them side by side."""
-    return cast(Tensor, _AllToAll.apply(x, axis, src, dst))
+    return cast(Tensor, _AllToAll.apply(x, axis, src, dst, at))
 
 
-def all_gather(x: Tensor, *, axis: str, dim: int) -> Tensor:
+def all_gather(x: Tensor, *, axis: str, dim: int, at: str = "") -> Tensor:
     """The ranks' slices of `dim`, side by side in rank order."""
-    return cast(Tensor, _AllGather.apply(x, axis, dim))
+    return cast(Tensor, _AllGather.apply(x, axis, dim, at))
 
 
-def reduce_scatter(x: Tensor, *, axis: str, dim: int) -> Tensor:
+def reduce_scatter(x: Tensor, *, axis: str, dim: int, at: str = "") -> Tensor:
     """This rank's slice of `dim` of the ranks' sum."""
-    return cast(Tensor, _ReduceScatter.apply(x, axis, dim))
+    return cast(Tensor, _ReduceScatter.apply(x, axis, dim, at))
 
 
-def all_reduce(x: Tensor, *, axis: str) -> Tensor:
+def all_reduce(x: Tensor, *, axis: str, at: str = "") -> Tensor:
     """The ranks' sum."""
-    return cast(Tensor, _AllReduce.apply(x, axis))
+    return cast(Tensor, _AllReduce.apply(x, axis, at))
 
 
 def shard(x: Tensor, *, axis: str, dim: int) -> Tensor:
@@ -171,17 +143,19 @@ def shard(x: Tensor, *, axis: str, dim: int) -> Tensor:
     return x.narrow(dim, group.rank * size, size)
 
 
-def reorder(x: Tensor, *, dim: int = 1, order: str = "", was: str = "") -> Tensor:
-    """Tokens of a dim that is whole from one order to another, as slices that swap places: no index to make or to send.
+def reorder(x: Tensor, cu: Tensor | None = None, *, dim: int = 1, order: str = "", was: str = "") -> Tensor:
+    """A dim that is whole from one order to another; chunks swap places, so that no index is made or sent.
 
     Types refuse it where the dim is split, so every rank permutes all of it alike.
     """
-    if parts := order_parts(was):
-        chunks = x.unflatten(dim, (parts, 2, _chunk(x, dim, parts)))
+    if any(isinstance(parse_order(o), Sections) for o in (order, was)) or cu is not None:
+        return REORDER.reference(x, cu, dim=dim, order=order, was=was)
+    if old := parse_order(was):
+        chunks = x.unflatten(dim, (old.parts, 2, _chunk(x, dim, old.parts)))
         early, late = chunks.select(dim + 1, 0), chunks.select(dim + 1, 1).flip(dim)
         x = torch.stack([early, late], dim).flatten(dim, dim + 2)
-    if parts := order_parts(order):
-        chunks = x.unflatten(dim, (2, parts, _chunk(x, dim, parts)))
+    if new := parse_order(order):
+        chunks = x.unflatten(dim, (2, new.parts, _chunk(x, dim, new.parts)))
         early, late = chunks.select(dim, 0), chunks.select(dim, 1).flip(dim)
         x = torch.stack([early, late], dim + 1).flatten(dim, dim + 2)
     return x
@@ -202,3 +176,4 @@ COLLECTIVE_FORMS: dict[str, Callable[..., Tensor]] = {
     "shard": shard,
     "reorder": reorder,
 }
+MOVING = ("all_to_all", "all_gather", "reduce_scatter", "all_reduce")  # these are told where they stand, `at`
