@@ -5,7 +5,7 @@ from .dump import dump
 from .errors import CheckpointError, DataError, ParseError, PassError, PlacementError, PlaitError, SpecError, TypeMismatch
 from .graph import Builder, Graph, Node, Replay, Value, check_name, each_layer, parameters, retype, trace
 from .init import ONES, ZEROS, Init, fill
-from .interp import evaluate, gather, scatter, simulate
+from .interp import arranged, evaluate, gather, natural, scatter, simulate
 from .mesh import mesh_text, parse_mesh
 from .op import OPS, REQUIRED, OpDef, op
 from .parse import parse, parse_statements, parse_type
@@ -16,7 +16,7 @@ from .vjp import pullback, reads
 __all__ = [
     "DTYPES", "ONES", "OPS", "REQUIRED", "ZEROS", "Builder", "CheckpointError", "DataError", "Dim", "Graph", "Init", "Mesh",
     "Node", "OpDef", "ParseError", "PassError", "PlacementError", "PlaitError", "Replay", "SpecError", "Stmt", "TensorType",
-    "TypeMismatch", "Value", "Var", "check_name", "dump", "each_layer", "evaluate", "fill", "gather", "mesh_text", "op", "ops",
-    "parameters", "parse", "parse_mesh", "parse_statements", "parse_type", "pullback", "reads", "retype", "scatter", "simulate",
-    "tensor_type", "trace", "ways",
+    "TypeMismatch", "Value", "Var", "arranged", "check_name", "dump", "each_layer", "evaluate", "fill", "gather", "mesh_text",
+    "natural", "op", "ops", "parameters", "parse", "parse_mesh", "parse_statements", "parse_type", "pullback", "reads",
+    "retype", "scatter", "simulate", "tensor_type", "trace", "ways",
 ]  # fmt: skip

@@ -11,14 +11,15 @@ from .crossing import Here
 from .errors import PlacementError, TypeMismatch
 from .graph import Graph, Node, Value, parameters
 from .op import OpDef, across
+from .orders import permutation
 from .types import Mesh, TensorType
 
 Params = Mapping[str, torch.Tensor]
 
 
 def evaluate(graph: Graph, *tensors: torch.Tensor | None, params: Params | None = None) -> Any:
-    """Every op's reference in turn. Tensors are the inputs in order; `params` the parameters by full name."""
-    outs = _run(graph, tensors, params or {}, _evaluate_node)
+    """Every op's reference in turn. Tensors are the inputs in order; `params` the parameters, natural, by full name."""
+    outs = _run(graph, tensors, _in_order(graph, params or {}), _evaluate_node)
     return outs[0] if len(outs) == 1 else outs
 
 
@@ -55,7 +56,8 @@ def _evaluate_node(node: Node, args: list[Any], params: Params) -> tuple[Any, ..
 def simulate(graph: Graph, mesh: Mesh, *tensors: torch.Tensor, params: Params | None = None) -> Any:
     """Every rank of the mesh in one process, each op on local shards only; takes and gives global tensors.
 
-    Autograd flows through, so gradients of inputs and parameters are those of the program that the ranks run together.
+    Inputs and results are in the orders that their types say, parameters in their natural ones. Autograd flows through, so
+    gradients of inputs and parameters are those of the program that the ranks run together.
     """
     ranks = mesh.ranks
     if len(tensors) != len(graph.inputs):
@@ -81,8 +83,29 @@ def simulate(graph: Graph, mesh: Mesh, *tensors: torch.Tensor, params: Params | 
     return outs[0] if len(outs) == 1 else outs
 
 
+def _in_order(graph: Graph, params: Params) -> dict[str, torch.Tensor]:
+    """Parameters in the orders that their types say."""
+    types = parameters(graph)
+    return {k: arranged(x, types[k][0]) if k in types else x for k, x in params.items()}
+
+
+def arranged(whole: torch.Tensor, type_: TensorType, cu: torch.Tensor | None = None) -> torch.Tensor:
+    """A global tensor with every dim in the order that its type says; `cu` are the borders where that is one of segments."""
+    for i, dim in enumerate(type_.dims):
+        whole = whole.index_select(i, permutation(dim.order, whole.shape[i], cu).to(whole.device)) if dim.order else whole
+    return whole
+
+
+def natural(whole: torch.Tensor, type_: TensorType, cu: torch.Tensor | None = None) -> torch.Tensor:
+    """What `arranged` undoes."""
+    for i, dim in enumerate(type_.dims):
+        back = permutation(dim.order, whole.shape[i], cu).argsort() if dim.order else None
+        whole = whole if back is None else whole.index_select(i, back.to(whole.device))
+    return whole
+
+
 def _shards_of_params(graph: Graph, mesh: Mesh, params: Params, prefix: str = "") -> dict[str, Any]:
-    found = {prefix + v.name: scatter(params[prefix + v.name], v.type, mesh) for v in graph.params}
+    found = {prefix + v.name: scatter(arranged(params[prefix + v.name], v.type), v.type, mesh) for v in graph.params}
     for node in graph.nodes:
         if node.callee is not None and "params" in node.attrs:
             found |= _shards_of_params(node.callee, mesh, params, f"{prefix}{node.attrs['params']}.")

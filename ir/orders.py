@@ -3,6 +3,7 @@
 zigzag(n)          tokens in 2n chunks, rank r of n holding chunks r and 2n - 1 - r: even causal work (Megatron-core's layout)
 zigzag(n,packed)   the same in every packed segment by itself
 sections(n,a,b)    features a | b, of which rank r of n finds its share of each in one slice: a_0 b_0 | a_1 b_1 | ...
+sections(n,a,-h,b) the same of features a | h | b, with h whole behind all shares: it stays where it is
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from .errors import TypeMismatch
 
 Tensor = torch.Tensor
 _ZIGZAG = re.compile(r"zigzag\(([1-9]\d{0,8})(,packed)?\)", re.ASCII)
-_SECTIONS = re.compile(r"sections\(([1-9]\d{0,8})((?:,[1-9]\d{0,17})+)\)", re.ASCII)
+_SECTIONS = re.compile(r"sections\(([1-9]\d{0,8})((?:,-?[1-9]\d{0,17})+)\)", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Zigzag:
 
 @dataclass(frozen=True)
 class Sections:
-    """Every rank's share of each section stands together."""
+    """Every rank's share of each section stands together; one of a size below 0 stands whole behind all shares."""
 
     parts: int
     sizes: tuple[int, ...]
@@ -44,8 +45,12 @@ class Sections:
 
     @property
     def share(self) -> tuple[int, ...]:
-        """A rank's part of each section."""
-        return tuple(n // self.parts for n in self.sizes)
+        """A rank's part of each section that is shared."""
+        return tuple(n // self.parts for n in self.sizes if n > 0)
+
+    @property
+    def total(self) -> int:
+        return sum(map(abs, self.sizes))
 
 
 @lru_cache(maxsize=1024)
@@ -57,7 +62,7 @@ def parse_order(text: str) -> Zigzag | Sections | None:
         return Zigzag(int(found[1]), bool(found[2]))
     if found := _SECTIONS.fullmatch(text):
         made = Sections(int(found[1]), tuple(int(n) for n in found[2][1:].split(",")))
-        if odd := next((n for n in made.sizes if n % made.parts), None):
+        if odd := next((n for n in made.sizes if n > 0 and n % made.parts), None):
             raise TypeMismatch(f"{text}: a section of {odd} has no equal share for {made.parts} ranks")
         return made
     raise TypeMismatch(f"no order called {text}; there is '' (natural), zigzag(n), zigzag(n,packed) and sections(n,a,b,...)")
@@ -66,7 +71,7 @@ def parse_order(text: str) -> Zigzag | Sections | None:
 def multiple(order: str) -> int:
     """What the length of a dim in this order must be a multiple of."""
     made = parse_order(order)
-    return 2 * made.parts if isinstance(made, Zigzag) else sum(made.sizes) if made else 1
+    return 2 * made.parts if isinstance(made, Zigzag) else made.total if made else 1
 
 
 def permutation(order: str, length: int, cu: Tensor | None = None) -> Tensor:
@@ -98,10 +103,12 @@ def _chunks(parts: int, start: int, end: int, order: str) -> list[Tensor]:
 
 
 def _of_sections(made: Sections, length: int) -> Tensor:
-    if sum(made.sizes) != length:
-        raise TypeMismatch(f"{made}: the sections add up to {sum(made.sizes)}, must add up to {length}")
-    parts = [x.reshape(made.parts, -1) for x in torch.arange(length).split(list(made.sizes))]
-    return torch.cat(parts, 1).flatten()
+    if made.total != length:
+        raise TypeMismatch(f"{made}: the sections add up to {made.total}, must add up to {length}")
+    found = torch.arange(length).split([abs(n) for n in made.sizes])
+    shared = [x.reshape(made.parts, -1) for x, n in zip(found, made.sizes, strict=True) if n > 0]
+    kept = [x for x, n in zip(found, made.sizes, strict=True) if n < 0]
+    return torch.cat([*([torch.cat(shared, 1).flatten()] if shared else []), *kept])
 
 
 def here(order: str, length: int, ranks: int, rank: int, cu: Tensor | None = None) -> Tensor:

@@ -2,61 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
-
-from ..ir import Graph, Node, OpDef, PassError, PlacementError, Replay, TensorType, Value, ops, parse_mesh
-from .outline import inline
+from ..ir import Graph, PassError, PlacementError, TensorType, Value, parse_mesh
+from .placing import Known, Placing, Plan
 from .registry import Outcome, register
 from .remarks import Remark
-from .remedies import (
-    Remedy,
-    Site,
-    Split,
-    aligned,
-    choices,
-    inferred,
-    local_reshape,
-    result_letters,
-    sections_of,
-    token_bytes,
-    token_letters,
-)
+from .remedies import ATTENTION_WAYS, RECURRENCE_WAYS, Split, Wanted
 from .verify import reached
 
-WAYS = ("heads", "gather")
+ORDERS = ("natural", "zigzag", "zigzag-packed")
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What is split, and what is tried first where an op must see whole sequences."""
-
-    split: Split
-    attention: str
-    recurrence: str
-
-
-Known = dict[tuple[Graph, tuple[TensorType, ...]], Graph]
-
-
-@register(numerics="reassociates", model=True, choices={"attention": WAYS, "recurrence": WAYS})
+@register(
+    numerics="reassociates",
+    model=True,
+    choices={"attention": ATTENTION_WAYS, "recurrence": RECURRENCE_WAYS, "order": ORDERS},
+)
 def place(
-    graph: Graph, *, mesh: str = "cp=2", axis: str = "cp", attention: str = "heads", recurrence: str = "heads"
+    graph: Graph,
+    *,
+    mesh: str = "cp=2",
+    axis: str = "cp",
+    attention: str = "heads",
+    recurrence: str = "heads",
+    order: str = "natural",
+    ways: str = "",
 ) -> Outcome:
     """Split tokens over a mesh axis: `[b, s]` becomes `[b, s@cp]`, and ops that must see whole sequences get a remedy.
 
-    heads: exchange tokens for heads and back, where the ranks divide the heads. gather: every rank gets whole sequences and
-    does all the work. Parameters stay whole on every rank; kernels become ops again, so fuse afterwards. The pipeline text
-    quotes a mesh: `place{mesh='dp=2 cp=4' axis=cp}`.
+    heads: exchange tokens for heads and back, where the ranks divide the heads. kv, ring: queries stay, keys and values are
+    gathered or pass from rank to rank. states, scan, chain: a recurrence's state crosses ranks. gather: every rank gets
+    whole sequences and does all the work. `ways` forces one by name of a layer: 'self_attention=ring gdn=chain'.
+    order: zigzag evens causal attention, over the batch's row or each packed segment; inputs come in that order then.
+    Parameters stay whole on every rank; kernels become ops again, so fuse afterwards. The pipeline text quotes a mesh:
+    `place{mesh='dp=2 cp=4' axis=cp}`.
     """
-    split = Split(axis, parse_mesh(mesh)[axis])
+    whole = parse_mesh(mesh)
+    ranks = whole[axis]
+    text = {"natural": "", "zigzag": f"zigzag({ranks})", "zigzag-packed": f"zigzag({ranks},packed)"}[order]
+    split = Split(axis, ranks, text, whole)
     if placed := next((v for g in reached(graph) for v in _values(g) if split.lives(v.type)), None):
         why = f"{placed.name} is {placed.type}, split over {axis} already"
         raise PassError(f"{graph.name}: {why}; place takes a program that is whole along {axis}")
     known, said = Known(), list[Remark]()
-    made = _Placing(graph, _inputs(graph, split), Plan(split, attention, recurrence), known, said).run()
+    plan = Plan(split, Wanted(attention, recurrence), _forced(graph, ways))
+    made = Placing(graph, _inputs(graph, split), plan, known, said).run()
     return made, tuple(said)
+
+
+def _forced(graph: Graph, ways: str) -> dict[str, Wanted]:
+    """What `ways` says: a way for every op of a layer that must see whole sequences."""
+    found, names = dict[str, Wanted](), sorted({graph.name, *(g.name for g in graph.layers)})
+    for part in ways.replace(",", " ").split():
+        name, _, way = part.partition("=")
+        if name not in names:
+            raise PassError(f"ways: {part!r} names layer {name!r}; there are {', '.join(names)}")
+        if way not in (*ATTENTION_WAYS, *RECURRENCE_WAYS):
+            raise PassError(f"ways: {part!r}; a way is one of {', '.join(dict.fromkeys((*ATTENTION_WAYS, *RECURRENCE_WAYS)))}")
+        found[name] = Wanted(way, way, forced=True)
+    return found
 
 
 def _values(graph: Graph) -> list[Value]:
@@ -68,197 +71,9 @@ def _inputs(graph: Graph, split: Split) -> list[TensorType]:
     lead = next((v for v in graph.inputs if len(v.type.dims) > 1), None)
     if lead is None:
         raise PassError(f"{graph.name}: no input has tokens to split; one must be [batch, tokens, ...], such as i64[b, s]")
-    if not split.divides(lead.type.dims[1].size):
-        why = f"dim 1 must be a multiple of {split}; pad it"
+    step = split.ranks * (2 if split.order else 1)
+    if isinstance(lead.type.dims[1].size, int) and lead.type.dims[1].size % step:
+        why = f"dim 1 must be a multiple of {step if split.order else split}; pad it"
         raise PlacementError(f"{graph.name}: {lead.name} is {lead.type}; {why}")
     shape = lead.type.shape[:2]
-    return [split.over(v.type, 1) if v.type.shape[:2] == shape else v.type for v in graph.inputs]
-
-
-class _Placing:
-    """A graph being replayed over split inputs: where each value is at home, and where it lives too."""
-
-    def __init__(self, graph: Graph, types: Sequence[TensorType], plan: Plan, known: Known, said: list[Remark]) -> None:
-        self.graph = graph = inline(graph) if any(g.role == "kernel" for g in graph.callees) else graph
-        self.plan, self.split, self.known, self.said = plan, plan.split, known, said
-        replay = Replay(graph, types=types)
-        self.b, self.env = replay.builder, replay.env  # each value as it was made
-        self.home = {v: new.type for v, new in self.env.items()}
-        self.copies = dict[tuple[Value, TensorType], Value]()
-        self.carried, self.done = set[Value](), set[Node]()  # values that a conv brought away from home; what is emitted
-
-    def run(self) -> Graph:
-        for node in self.graph.nodes:
-            if node not in self.done:
-                self.b.loc = node.loc
-                self._layer(node) if isinstance(node.op, Graph) else self._op(node, node.op)
-        self.b.loc = ""
-        return self.b.finish([self._result(v) for v in self.graph.outputs])
-
-    def _result(self, value: Value) -> Value:
-        """Results are at home; a sum over ranks is added up."""
-        home = self.home[value]
-        return self._at(value, replace(home, partial=home.partial - {self.split.axis}), f"the results of {self.graph.name}")
-
-    # -- nodes ----------------------------------------------------------------------------
-
-    def _layer(self, node: Node) -> None:
-        """A layer's borders are at home."""
-        assert node.callee is not None
-        case = node.callee, tuple(self.home[v] for v in node.operands)
-        if case not in self.known:
-            self.known[case] = _Placing(*case, self.plan, self.known, self.said).run()
-        inputs = [
-            self._at(v, self.home[v], f"{i.name} of {node.op.name}") for v, i in zip(node.operands, case[0].inputs, strict=True)
-        ]
-        self._emit(node, self.known[case], inputs, node.attrs)
-        self.home |= {v: self.env[v].type for v in node.outputs}
-
-    def _op(self, node: Node, op: OpDef) -> None:
-        """As it is where its operands are at home, or all away; else by a remedy."""
-        homes = [self.home[v] if v is not None else None for v in node.inputs]
-        types = aligned(op, homes, node.attrs, self.split)
-        results = inferred(op, types, node.attrs, self.split)
-        if results is None:
-            self._settle(node, self._whole_results(node, op, homes))
-            return self._remedy(node, op, homes)
-        self._settle(node, results)
-        if away := self._away(node, op):
-            self.carried.update(node.outputs)
-        types, attrs = away or (types, node.attrs)
-        return self._emit(node, op, self._all_at(node, types), attrs)
-
-    def _settle(self, node: Node, results: Sequence[TensorType]) -> None:
-        self.home.update(zip(node.outputs, results, strict=True))
-
-    def _whole_results(self, node: Node, op: OpDef, homes: Sequence[TensorType | None]) -> list[TensorType]:
-        """Where results of an op that sees whole sequences are at home: split along the letters that operands are."""
-        bare = [self.split.whole(t) if t is not None else None for t in homes]
-        made = op.infer(bare, node.attrs)
-        if op.type_rule:
-            return [*made]
-        bound, letters = op.bind(bare, node.attrs), token_letters(op, homes, node.attrs, self.split)
-        found = [[i for i, a in enumerate(result_letters(op, k, bound.rest)) if a in letters] for k in range(len(made))]
-        return [self.split.over(t, at[0]) if at else t for t, at in zip(made, found, strict=True)]
-
-    def _remedy(self, node: Node, op: OpDef, homes: Sequence[TensorType | None]) -> None:
-        """Emit an op so that it sees whole sequences."""
-        remedy = self._chosen(Site(self.graph, node, self.split))
-        self.said.append(Remark("passed", remedy.name, node.loc, f"{op.name}: {remedy.about}"))
-        if remedy.name == "sections":
-            return self._sections(node)
-        self._emit(node, op, self._all_at(node, remedy.targets(op, homes, node.attrs, self.split)), node.attrs)
-        if node.is_op("causal_conv1d"):
-            self.carried.update(node.outputs)
-
-    def _chosen(self, site: Site) -> Remedy:
-        """The first remedy that is legal; why others are not is said."""
-        for remedy in choices(site.op, self.plan.attention, self.plan.recurrence):
-            why = remedy.refuses(site, remedy.letter)
-            if not why:
-                return remedy
-            self.said.append(Remark("missed", remedy.name, site.node.loc, f"{site.op.name}: {why}"))
-        raise AssertionError("everything can be gathered")
-
-    def _away(self, node: Node, op: OpDef) -> tuple[Sequence[TensorType | None], Mapping[str, Any]] | None:
-        """How a row-wise op works away from home: all its tokens are, some by a conv, and no result is a sum over ranks."""
-        tokens = [v for v in node.operands if self.split.lives(self.home[v])]
-        if not op.row or self.carried.isdisjoint(tokens) or any(self.env[v].type == self.home[v] for v in tokens):
-            return None
-        attrs = dict(node.attrs)
-        if node.is_op("reshape"):
-            attrs["pattern"] = local_reshape(self.env[tokens[0]].type, attrs["pattern"], self.split)
-        given = [self.env[v].type if v is not None else None for v in node.inputs]
-        types = aligned(op, given, attrs, self.split)
-        made = inferred(op, types, attrs, self.split)
-        if made is None or not all(self.split.even(t) and self.split.axis not in t.partial for t in made):
-            return None
-        return types, attrs
-
-    def _emit(self, node: Node, op: OpDef | Graph, inputs: Sequence[Value | None], attrs: Mapping[str, Any]) -> None:
-        made = self.b.emit(op, inputs, attrs, [v.name for v in node.outputs], node.loc)
-        self.env.update(zip(node.outputs, made, strict=True))
-
-    # -- a conv and the sections behind it ------------------------------------------------
-
-    def _sections(self, node: Node) -> None:
-        """Each rank's share of every section stands together, so that one exchange moves all of them."""
-        x, w, bias, _, cu = node.inputs
-        behind = sections_of(self.graph, node)
-        assert x is not None and w is not None and behind is not None
-        sizes, what = behind.attrs["sizes"], "x of causal_conv1d"
-        packed = self._packed(self._at(x, self.home[x], what), sizes)
-        moved = self._moved(packed, self.split.over(self.split.whole(packed.type), 2), 1, self._path(x, what))
-        taps = self._packed(ops.reshape(self.env[w], pattern="c k -> k c"), sizes)
-        taps = self._share(ops.reshape(taps, pattern="k g e -> (g e) k"))
-        given = None if bias is None else self._share(ops.reshape(self._packed(self.env[bias], sizes), pattern="g e -> (g e)"))
-        borders = self.env[cu] if cu is not None else None
-        self._emit(node, node.op, [ops.reshape(moved, pattern="b t g e -> b t (g e)"), taps, given, None, borders], node.attrs)
-        self._part(self.env[node.outputs[0]], behind, sizes)
-        self._settle(behind, ops.split.infer([self.home[node.outputs[0]]], behind.attrs))
-
-    def _part(self, y: Value, behind: Node, sizes: tuple[int, ...]) -> None:
-        """The sections again, each split over ranks."""
-        self.b.loc, n = behind.loc, self.split.ranks
-        parted = ops.reshape(y, pattern=f"... (g e={sum(sizes) // n}) -> ... g e")
-        pieces = self.b.emit(ops.split, [parted], {"sizes": tuple(s // n for s in sizes)})
-        for value, piece in zip(behind.outputs, pieces, strict=True):
-            self.env[value] = ops.reshape(piece, pattern="... g e -> ... (g e)")
-        self.carried.update(behind.outputs)
-        self.done.add(behind)
-
-    def _packed(self, x: Value, sizes: tuple[int, ...]) -> Value:
-        """`[..., c]` as `[..., ranks, c / ranks]`, a share of every section for each rank."""
-        parts = self.b.emit(ops.split, [x], {"sizes": sizes})
-        joined, *rest = (ops.reshape(p, pattern=f"... (g={self.split.ranks} e) -> ... g e") for p in parts)
-        for part in rest:
-            joined = ops.concat(joined, part)
-        return joined
-
-    def _share(self, x: Value) -> Value:
-        return ops.shard(x, axis=self.split.axis, dim=0)
-
-    # -- values ---------------------------------------------------------------------------
-
-    def _all_at(self, node: Node, types: Sequence[TensorType | None]) -> list[Value | None]:
-        given = zip(node.inputs, types, node.op.inputs, strict=True)
-        wanted = [(v, t, f"{o.name} of {node.op.name}") for v, t, o in given]
-        return [self._at(v, t, what) if v is not None and t is not None else None for v, t, what in wanted]
-
-    def _at(self, value: Value, wanted: TensorType, reader: str) -> Value:
-        """A value where it is wanted, moved there once."""
-        if self.env[value].type == wanted:
-            return self.env[value]
-        if (value, wanted) not in self.copies:
-            tokens = self.split.dim(self.home[value])
-            near = self.copies.get((value, self.split.whole(wanted)), self.env[value])  # of a whole copy, nothing moves
-            self.copies[value, wanted] = self._moved(near, wanted, tokens, self._path(value, reader))
-        return self.copies[value, wanted]
-
-    def _path(self, value: Value, reader: str) -> str:
-        maker = self.graph.makers.get(value)
-        return f"{maker.op.name if maker else value.name} to {reader}"
-
-    def _moved(self, value: Value, wanted: TensorType, tokens: int | None, what: str) -> Value:
-        """The collective between two placements, and what it costs."""
-        axis, src, dst = self.split.axis, self.split.dim(value.type), self.split.dim(wanted)
-        partial = axis in value.type.partial
-        op, attrs, share = _collective(src, dst, partial, self.split.ranks)
-        made = self.b.emit(op, [value], {"axis": axis, **attrs}, [value.name])[0]
-        assert made.type == wanted
-        if share:
-            size = -(-token_bytes(value.type, tokens) * share // self.split.ranks**2)
-            self.said.append(Remark("note", op.name, self.b.loc, f"{what}: {size} bytes a token and rank"))
-        return made
-
-
-def _collective(src: int | None, dst: int | None, partial: bool, ranks: int) -> tuple[OpDef, dict[str, int], int]:
-    """The op from one placement to another, its dims, and what a rank receives in parts of 1 / ranks^2 of the value."""
-    if partial:
-        return (ops.all_reduce, {}, 2 * ranks * (ranks - 1)) if dst is None else (ops.reduce_scatter, {"dim": dst}, ranks - 1)
-    if src is None:
-        assert dst is not None
-        return ops.shard, {"dim": dst}, 0
-    if dst is None:
-        return ops.all_gather, {"dim": src}, ranks * (ranks - 1)
-    return ops.all_to_all, {"src": src, "dst": dst}, ranks - 1
+    return [split.tokens(v.type, 1) if v.type.shape[:2] == shape else v.type for v in graph.inputs]

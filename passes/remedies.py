@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
-from ..ir import Graph, Node, OpDef, PlacementError, TensorType, ops
+from ..ir import Dim, Graph, Mesh, Node, OpDef, PlacementError, TensorType, TypeMismatch, ops
 from ..ir.signature import spread
 from ..ir.sizes import divide
 from ..ir.types import BYTES
@@ -15,12 +16,17 @@ FAMILY = frozenset(op.name for op in ops.FAMILY)
 Types = Sequence[TensorType | None]
 
 
+ALONE = Mesh(())
+
+
 @dataclass(frozen=True)
 class Split:
-    """A mesh axis that tokens are split over, and its number of ranks."""
+    """A mesh axis that tokens are split over, its number of ranks, the order that tokens are in, and the other axes."""
 
     axis: str
     ranks: int
+    order: str = ""
+    mesh: Mesh = ALONE
 
     def __str__(self) -> str:
         return f"{self.axis}={self.ranks}"
@@ -34,22 +40,38 @@ class Split:
         return self.dim(type_) is not None or self.axis in type_.partial
 
     def whole(self, type_: TensorType) -> TensorType:
-        """The value, all of it on every rank."""
-        dims = tuple(replace(d, axes=tuple(a for a in d.axes if a != self.axis)) for d in type_.dims)
-        return replace(type_, dims=dims, partial=type_.partial - {self.axis})
+        """The value, all of it on every rank, tokens in their natural order."""
+        dims = [Dim(d.size, tuple(a for a in d.axes if a != self.axis)) if self.axis in d.axes else d for d in type_.dims]
+        return replace(type_, dims=tuple(dims), partial=type_.partial - {self.axis})
 
     def over(self, type_: TensorType, index: int) -> TensorType:
-        """A whole value, split along one dim."""
+        """A whole value, split along one dim in its natural order."""
         d = type_.dims[index]
         return type_.with_dim(index, replace(d, axes=(*d.axes, self.axis)))
+
+    def tokens(self, type_: TensorType, index: int) -> TensorType:
+        """A whole value, its tokens split in their order."""
+        made = self.over(type_, index)
+        return made.with_dim(index, replace(made.dims[index], order=self.order))
 
     def even(self, type_: TensorType) -> bool:
         """Whether every rank has as much; symbolic sizes are the caller's word."""
         index = self.dim(type_)
-        return index is None or self.divides(type_.dims[index].size)
+        return index is None or self.divides(type_.dims[index].size, type_.dims[index].axes)
 
-    def divides(self, size: int | str) -> bool:
-        return not isinstance(size, int) or size % self.ranks == 0
+    def divides(self, size: int | str, others: tuple[str, ...] = ()) -> bool:
+        """Whether ranks of the axis, and of the others that split a dim, have equal parts of it."""
+        known = [self.mesh[a] for a in others if a != self.axis and a in self.mesh]
+        return not isinstance(size, int) or size % (self.ranks * prod(known)) == 0
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The ways that are asked for, of attention and of recurrences; one that is forced is taken or refused."""
+
+    attention: str = "heads"
+    recurrence: str = "heads"
+    forced: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,6 +81,8 @@ class Site:
     graph: Graph
     node: Node
     split: Split
+    homes: tuple[TensorType | None, ...] = ()  # where its operands live
+    wanted: Wanted = Wanted()
 
     @property
     def op(self) -> OpDef:
@@ -79,6 +103,7 @@ class Remedy:
     letter: str
     about: str
     refuses: Callable[[Site, str], str]  # the reason, empty where it is legal
+    by: str = ""  # the op's own way across, where tokens stay split
 
     def serves(self, op: OpDef) -> bool:
         return not self.ops or op.name in self.ops
@@ -96,11 +121,57 @@ class Remedy:
 def _undivided(site: Site, letter: str) -> str:
     """The operand whose dim the ranks do not divide."""
     bound = site.op.bind(site.types, site.node.attrs)
-    if site.split.divides(bound.size[letter]):
+    uses = bound.uses[letter]
+    if site.split.divides(bound.size[letter], tuple(a for u in uses for a in u.dim.axes)):
         return ""
-    use = min(bound.uses[letter], key=lambda u: site.types[u.operand].dims[u.position].size != bound.size[letter])  # type: ignore[union-attr] # it is used
+    use = min(uses, key=lambda u: site.types[u.operand].dims[u.position].size != bound.size[letter])  # type: ignore[union-attr] # it is used
     name, type_ = site.op.inputs[use.operand].name, site.types[use.operand]
     return f"{name} is {type_}; dim {use.position} must be a multiple of {site.split}"
+
+
+def across(op: OpDef, types: Types, attrs: Mapping[str, Any], split: Split, by: str) -> tuple[Types, dict[str, Any]]:
+    """Operands and attributes of an op that runs over the split: what has tokens is split along them."""
+    made, crossing = [*types], op.crossing
+    assert crossing is not None
+    for letter, uses in op.bind(types, attrs).uses.items():
+        split_here = crossing.crosses(letter) and any(split.axis in u.dim.axes for u in uses)
+        for use in uses if split_here else ():
+            type_ = made[use.operand]
+            if type_ is not None and not split.lives(type_):
+                made[use.operand] = split.tokens(type_, use.position)
+    return made, {**attrs, "over": split.axis, "by": by, "order": split.order}
+
+
+def _uncrossed(by: str) -> Callable[[Site, str], str]:
+    def refuses(site: Site, letter: str) -> str:
+        """What the op's types say of running over the split."""
+        if site.op.crossing is None or by not in site.op.crossing.ways:
+            return f"{site.op.name} has no way called {by}"
+        try:
+            site.op.infer(*across(site.op, site.homes, site.node.attrs, site.split, by))
+        except (PlacementError, TypeMismatch) as error:
+            return str(error)
+        return ""
+
+    return refuses
+
+
+def expected(site: Site) -> str:
+    """The way that a recurrence will go, as far as its own types say before its operands are placed."""
+    for remedy in choices(site.op, site.wanted):
+        if remedy.by:
+            known = site.op.crossing.ways.get(remedy.by) if site.op.crossing else None
+            legal = known is not None and site.split.order.partition("(")[0] in known.orders
+        else:
+            legal = not remedy.refuses(site, remedy.letter)
+        if legal:
+            return remedy.name
+    return "gather"
+
+
+def _behind(site: Site) -> dict[str, Node]:
+    """The ways of the recurrences that a conv's results reach."""
+    return {expected(replace(site, node=n)): n for n in _takers(site.graph, site.node)}
 
 
 def _sections(site: Site, letter: str) -> str:
@@ -111,17 +182,23 @@ def _sections(site: Site, letter: str) -> str:
     sizes = behind.attrs["sizes"]
     if odd := next((n for n in sizes if n % site.split.ranks), None):
         return f"sections of {sizes} channels; {odd} must be a multiple of {site.split}"
-    takers = _takers(site.graph, behind)
+    takers = _behind(site)
     if not takers:
         return "no recurrence takes its channels"
-    return next((why for n in takers if (why := _undivided(replace(site, node=n), "g"))), "")
+    return next((f"{node.op.name} behind it takes {way}" for way, node in takers.items() if way != "heads"), "")
+
+
+def _halo(site: Site, letter: str) -> str:
+    """Not on the way to a recurrence that everything is gathered for: then its channels are gathered once, before it."""
+    if node := _behind(site).get("gather"):
+        return f"{node.op.name} behind it gathers"
+    return _uncrossed("halo")(site, letter)
 
 
 def _channels(site: Site, letter: str) -> str:
-    """Not on the way to a recurrence that everything is gathered for: then its channels are gathered once, before it."""
-    for node in _takers(site.graph, site.node):
-        if why := _undivided(replace(site, node=node), "g"):
-            return f"{node.op.name} behind it gathers: {why}"
+    """As for a halo."""
+    if node := _behind(site).get("gather"):
+        return f"{node.op.name} behind it gathers"
     return _undivided(site, letter)
 
 
@@ -149,25 +226,48 @@ def _takers(graph: Graph, start: Node) -> list[Node]:
 
 
 CONV = frozenset({"causal_conv1d"})
+SUMS = frozenset({"cross_entropy", "linear_cross_entropy", "load_balance_loss", "z_loss"})
+PLACES = frozenset({"positions", "dropout"})
+ATTENTION = frozenset({"attention"})
+_RELAY = {
+    "states": "every rank gets all ranks' summaries of their tokens",
+    "scan": "summaries of tokens meet in log2 steps",
+    "chain": "the state goes from rank to rank",
+}
+
+
+def _everywhere(site: Site, letter: str) -> str:
+    return ""
+
+
 REMEDIES = (
-    Remedy("heads", FAMILY | {"attention"}, "g", "each rank has whole sequences of some heads", _undivided),
+    Remedy("heads", FAMILY | ATTENTION, "g", "each rank has whole sequences of some heads", _undivided),
+    Remedy("kv", ATTENTION, "", "each rank has all keys and values for its own queries", _uncrossed("kv"), "kv"),
+    Remedy("ring", ATTENTION, "", "keys and values pass from rank to rank, queries stay", _uncrossed("ring"), "ring"),
+    *(Remedy(name, FAMILY, "", about, _uncrossed(name), name) for name, about in _RELAY.items()),
     Remedy("sections", CONV, "c", "channels travel once, with the heads that they become", _sections),
+    Remedy("halo", CONV, "", "each rank gets the last tokens before its own", _halo, "halo"),
     Remedy("channels", CONV, "c", "each rank has whole sequences of some channels", _channels),
-    Remedy(
-        "gather",
-        frozenset({"attention"}),
-        "",
-        "each rank has all tokens; q is gathered too, since no operand says where a rank's queries stand",
-        lambda site, letter: "",
-    ),
-    Remedy("gather", frozenset(), "", "each rank has all tokens and does all the work", lambda site, letter: ""),
+    Remedy("sums", SUMS, "", "each rank sums over its own tokens", _uncrossed("sums"), "sums"),
+    Remedy("here", PLACES, "", "each rank knows where its own tokens stand", _uncrossed("here"), "here"),
+    Remedy("gather", frozenset(), "", "each rank has all tokens and does all the work", _everywhere),
 )
+ATTENTION_WAYS = ("heads", "kv", "ring", "gather")
+RECURRENCE_WAYS = ("heads", "states", "scan", "chain", "gather")
+# What is tried where the wanted way is not legal.
+_ELSE = {"heads": ("kv", "states"), "ring": ("kv",), "scan": ("states",), "chain": ("states",)}
 
 
-def choices(op: OpDef, attention: str, recurrence: str) -> list[Remedy]:
+def choices(op: OpDef, wanted: Wanted) -> list[Remedy]:
     """The remedies of an op in order of preference; a conv goes as the recurrences do."""
-    wanted = attention if op.name == "attention" else recurrence if op.name in FAMILY | CONV else "gather"
-    return [r for r in REMEDIES if r.serves(op) and (wanted == "heads" or r.name == "gather")]
+    way = wanted.attention if op.name in ATTENTION else wanted.recurrence
+    serving = {r.name: r for r in REMEDIES if r.serves(op)}
+    if op.name in ATTENTION | FAMILY:
+        rest = () if wanted.forced else (*_ELSE.get(way, ()), "gather")
+        return [serving[name] for name in (way, *rest) if name in serving]
+    if op.name in CONV and way == "gather":
+        return [serving["gather"]]
+    return [*serving.values()]
 
 
 def aligned(op: OpDef, types: Types, attrs: Mapping[str, Any], split: Split) -> list[TensorType | None]:
@@ -176,10 +276,12 @@ def aligned(op: OpDef, types: Types, attrs: Mapping[str, Any], split: Split) -> 
     for letter, uses in op.bind(types, attrs).uses.items():
         if op.role(letter) != "map" or not any(split.axis in u.dim.axes for u in uses):
             continue
+        order = next(u.dim.order for u in uses if split.axis in u.dim.axes)
         for use in uses:
             type_ = made[use.operand]
             if type_ is not None and not split.lives(type_):
-                made[use.operand] = split.over(type_, use.position)
+                over = split.over(type_, use.position)
+                made[use.operand] = over.with_dim(use.position, replace(over.dims[use.position], order=order))
     return made
 
 

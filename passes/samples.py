@@ -36,9 +36,20 @@ def draw(graph: Graph, also: Sequence[Graph] = (), seed: int = 0) -> Sample:
     """A sample of the graph whose sizes suit the others too."""
     rng = torch.Generator().manual_seed(seed)
     sizes = choose_sizes((graph, *also))
-    inputs = {v.name: _input(graph, v, sizes, rng) for v in graph.inputs}
+    step = math.lcm(*(multiple(d.order) for d in _dims((graph, *also)) if "packed" in d.order))
+    inputs = {v.name: _stepped(_input(graph, v, sizes, rng), is_borders(graph, v) * step) for v in graph.inputs}
     params = {name: _parameter(type_, init, sizes, rng) for name, (type_, init) in parameters(graph).items()}
     return Sample(sizes, inputs, params)
+
+
+def is_borders(graph: Graph, value: Value) -> bool:
+    """Whether an input is the borders of packed segments."""
+    return any(name == "cu" for _, name in readers(graph, value))
+
+
+def _stepped(tensor: Tensor, step: int) -> Tensor:
+    """Borders moved to multiples of what the order of every packed segment asks for."""
+    return torch.cat([tensor[:-1].div(step, rounding_mode="floor") * step, tensor[-1:]]) if step > 1 else tensor
 
 
 def choose_sizes(graphs: Sequence[Graph]) -> dict[str, int]:
@@ -51,7 +62,7 @@ def choose_sizes(graphs: Sequence[Graph]) -> dict[str, int]:
     inputs = [v for g in graphs for v in g.inputs]
     batch = {str(v.type.dims[0].size) for v in inputs if len(v.type.dims) > 1}
     tokens = {str(v.type.dims[1].size) for v in inputs if len(v.type.dims) > 1}
-    packed = any(name == "cu" for g in graphs for v in g.inputs for _, name in readers(g, v))
+    packed = any(is_borders(g, v) for g in graphs for v in g.inputs)
     found, others = dict[str, int](), iter(OTHERS * 8)
     for symbol in dict.fromkeys(s for g in graphs for s in g.symbols):
         base = (1 if packed else BATCH) if symbol in batch else TOKENS if symbol in tokens else 2 if packed else next(others)

@@ -9,9 +9,23 @@ from typing import cast
 
 import torch
 
-from ..ir import DTYPES, Graph, Mesh, Node, PassError, Replay, TensorType, Value, evaluate, ops, parameters, simulate
+from ..ir import (
+    DTYPES,
+    Graph,
+    Mesh,
+    Node,
+    PassError,
+    Replay,
+    TensorType,
+    Value,
+    arranged,
+    evaluate,
+    natural,
+    parameters,
+    simulate,
+)
 from .registry import NUMERICS
-from .samples import Sample, draw, shape
+from .samples import Sample, draw, is_borders, shape
 from .verify import reached
 
 Tensor = torch.Tensor
@@ -176,9 +190,7 @@ def _with_gradients(before: Graph, after: Graph, sample: Sample) -> tuple[_Run, 
     plain = {n: t.detach() for n, t in leaves.items()} | dict(zip(names, given, strict=True))
     now = _results(after, plain, sample, mesh_of(after))
     wanted = [n for n, t in leaves.items() if t.requires_grad]
-    made = zip(wanted, now[len(was) :], after.outputs[len(was) :], strict=True)
-    # Parameters are given in the order of their type, inputs in the natural one; so are their gradients.
-    found = {n: _ordered(t, v.type) if n in sample.params else t for n, t, v in made}
+    found = dict(zip(wanted, now[len(was) :], strict=True))
     return _gradients(was, cotangents, leaves), _Run(tuple(now[: len(was)]), found)
 
 
@@ -198,26 +210,15 @@ def _cotangents(results: Sequence[Tensor]) -> list[Tensor]:
 
 def _results(graph: Graph, leaves: Mapping[str, Tensor], sample: Sample, mesh: Mesh) -> list[Tensor]:
     """Results in natural token order, whatever order the types of inputs and results are in."""
-    inputs = [_ordered(leaves[v.name], v.type) if v.name in leaves else _zeros(v.type, sample) for v in graph.inputs]
+    cu = next((leaves[v.name] for v in graph.inputs if is_borders(graph, v) and v.name in leaves), None)
+    inputs = [arranged(leaves[v.name], v.type, cu) if v.name in leaves else _zeros(v.type, sample) for v in graph.inputs]
     out = simulate(graph, mesh, *inputs, params=leaves) if mesh.axes else evaluate(graph, *inputs, params=leaves)
     found: tuple[Tensor, ...] = out if isinstance(out, tuple) else (out,)
-    return [_natural(t, v.type) for t, v in zip(found, graph.outputs, strict=True)]
+    return [natural(t, v.type, cu) for t, v in zip(found, graph.outputs, strict=True)]
 
 
 def _zeros(type_: TensorType, sample: Sample) -> Tensor:
     return torch.zeros(shape(type_, sample.sizes), dtype=DTYPES[type_.dtype])
-
-
-def _ordered(tensor: Tensor, type_: TensorType) -> Tensor:
-    for i, dim in enumerate(type_.dims):
-        tensor = ops.reorder.reference(tensor, dim=i, order=dim.order) if dim.order else tensor
-    return tensor
-
-
-def _natural(tensor: Tensor, type_: TensorType) -> Tensor:
-    for i, dim in enumerate(type_.dims):
-        tensor = ops.reorder.reference(tensor, dim=i, was=dim.order) if dim.order else tensor
-    return tensor
 
 
 def _gradients(results: Sequence[Tensor], cotangents: Sequence[Tensor], leaves: Mapping[str, Tensor]) -> _Run:

@@ -156,7 +156,7 @@ def test_exchanges_of_each_layer() -> None:
     assert counts["kda"] == {"all_to_all": 4}
     assert counts["mamba2"] == {"all_to_all": 4}  # and what skips the recurrence stays where it is
     assert counts["self_attention"] == {"all_to_all": 4}  # q, k, v; o back
-    assert counts["moe"] == {"all_gather": 4}  # rows and choices to the experts, weights to the sum, logits to the loss
+    assert counts["moe"] == {"all_gather": 3}  # rows and choices to the experts, weights to the sum
     assert counts["head"] == {}
 
 
@@ -283,10 +283,10 @@ def test_every_recurrence_with_its_state(face: Any, heads: int) -> None:
     assert str(after.outputs[0].type) == f"f64[b, s@cp, {2 * heads}, 5]" and "@" not in str(after.outputs[1].type)
 
 
-def test_a_loss_gathers_what_its_projection_reads() -> None:
-    after, _ = place(preset("llama-3-8b-tiny"))
-    head = layer(after, "head")
-    assert [str(n.outputs[0].type) for n in head.nodes if n.op is ops.all_gather] == ["f64[b, s, 28]", "i64[b, s]"]
+def test_a_loss_sums_over_its_own_tokens() -> None:
+    after, said = place(preset("llama-3-8b-tiny"))
+    assert moves(layer(after, "head")) == {} and "by='sums'" in str(layer(after, "head"))
+    assert "sums linear_cross_entropy: 16 bytes a rank of 4096 tokens" in lines(said, "note")
 
 
 def test_a_sum_over_tokens_is_whole_at_the_end() -> None:
