@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 from ..ir import Graph, Node, OpDef, PlacementError, Replay, TensorType, Value, ops
@@ -20,7 +21,10 @@ from .remedies import (
     choices,
     inferred,
     local_reshape,
+    of_keys,
+    repeats,
     result_letters,
+    section_groups,
     sections_of,
     token_bytes,
     token_letters,
@@ -38,6 +42,43 @@ class Plan:
 
     def of(self, graph: Graph) -> Wanted:
         return self.forced.get(graph.name, self.wanted)
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Channels in sections, packed so that each of `shares` ranks finds its part of every section together."""
+
+    split: Mapping[str, Any]  # attributes of the split that parts them
+    groups: Sequence[tuple[int, int]]  # for each section: key heads, and how often they are repeated
+    shares: int
+
+    @property
+    def sizes(self) -> list[int]:
+        """A rank's channels of every section."""
+        return [n * m // self.shares for n, (_, m) in zip(self.split["sizes"], self.groups, strict=True)]
+
+    def packed(self, x: Value) -> Value:
+        """`[..., c]` as `[..., shares, c / shares]`."""
+        parts = x.builder.emit(ops.split, [x], self.split)
+        joined, *rest = (self._section(p, n, g) for p, n, g in zip(parts, self.sizes, self.groups, strict=True))
+        for part in rest:
+            joined = ops.concat(joined, part)
+        return joined
+
+    def _section(self, part: Value, size: int, group: tuple[int, int]) -> Value:
+        heads, times = group
+        if times > 1:
+            lead, four = ("x y", "x y") if len(part.type.dims) == 3 else ("x", "u=1 x")
+            width = int(part.type.dims[-1].size) // heads
+            many = ops.repeat_heads(ops.reshape(part, pattern=f"{lead} (g e={width}) -> {four} g e"), r=times)
+            part = ops.reshape(many, pattern=f"{four} g e -> {lead} (g e)")
+        return ops.reshape(part, pattern=f"... (g e={size}) -> ... g e")
+
+    def parted(self, y: Value) -> list[Value]:
+        """The sections of `[..., c]` again, each split over ranks."""
+        rows = ops.reshape(y, pattern=f"... (g e={sum(self.sizes)}) -> ... g e")
+        pieces = y.builder.emit(ops.split, [rows], {"sizes": tuple(self.sizes)})
+        return [ops.reshape(piece, pattern="... g e -> ... (g e)") for piece in pieces]
 
 
 Known = dict[tuple[Graph, tuple[TensorType, ...]], Graph]
@@ -118,8 +159,10 @@ class Placing:
             return self._across(node, op, homes, remedy.by)
         self._settle(node, self._whole_results(node, op, homes))
         if remedy.name == "sections":
-            return self._sections(node)
-        self._emit(node, op, self._all_at(node, remedy.targets(op, homes, node.attrs, self.split)), node.attrs)
+            return self._sections(site)
+        targets = remedy.targets(op, homes, node.attrs, self.split)
+        given = self._all_at(node, targets) if remedy.name != "heads" else self._heads_at(site, targets)
+        self._emit(node, op, given, node.attrs)
         if node.is_op("causal_conv1d"):
             self.carried.update(node.outputs)
 
@@ -142,7 +185,7 @@ class Placing:
                 return remedy
             self.said.append(Remark("missed", remedy.name, site.node.loc, f"{site.op.name}: {why[remedy.name]}"))
         left = [r.name for r in REMEDIES if r.serves(site.op) and not r.refuses(site, r.letter)]
-        told = "; ".join(f"{k}: {v}" for k, v in why.items())
+        told = "; ".join(f"{k}: {v}" for k, v in why.items()) or f"{site.wanted.attention} is no way of it"
         raise PlacementError(f"{site.node.loc}: {site.op.name} cannot go as told, {told}; what remains: {', '.join(left)}")
 
     def _away(self, node: Node, op: OpDef) -> tuple[Sequence[TensorType | None], Mapping[str, Any]] | None:
@@ -152,7 +195,7 @@ class Placing:
             return None
         attrs = dict(node.attrs)
         if node.is_op("reshape"):
-            attrs["pattern"] = local_reshape(self.env[tokens[0]].type, attrs["pattern"], self.split)
+            attrs["pattern"] = local_reshape(self.env[tokens[0]].type, attrs["pattern"], self.split, self.home[tokens[0]])
         given = [self.env[v].type if v is not None else None for v in node.inputs]
         types = aligned(op, given, attrs, self.split)
         made = inferred(op, types, attrs, self.split)
@@ -166,39 +209,46 @@ class Placing:
 
     # -- a conv and the sections behind it ------------------------------------------------
 
-    def _sections(self, node: Node) -> None:
+    def _heads_at(self, site: Site, targets: Sequence[TensorType | None]) -> list[Value | None]:
+        """Operands split over heads; key heads fewer than ranks stand there several times."""
+        times, node, made = repeats(site), site.node, [*targets]
+        if times == 1:
+            return self._all_at(node, targets)
+        for i in of_keys(site.op):
+            value, type_ = node.inputs[i], targets[i]
+            assert value is not None and type_ is not None
+            many = replace(type_.dims[2], size=int(type_.dims[2].size) * times)
+            made[i] = type_.with_dim(2, many)
+            if self.env[value].type != made[i] and (value, made[i]) not in self.copies:
+                near = self._at(value, self.home[value], "repeat_heads")
+                again = ops.repeat_heads(near, r=times)
+                self.copies[value, made[i]] = self._moved(again, made[i], 1, self._path(value, f"{i} of {site.op.name}"))  # type: ignore[index] # set above
+        self.said.append(Remark("note", "heads", node.loc, f"{site.op.name}: key heads stand {times} times, for as many ranks"))
+        return self._all_at(node, made)
+
+    def _sections(self, site: Site) -> None:
         """Each rank's share of every section stands together, so that one exchange moves all of them."""
+        node, behind = site.node, sections_of(self.graph, site.node)
         x, w, bias, _, cu = node.inputs
-        behind = sections_of(self.graph, node)
-        assert x is not None and w is not None and behind is not None
-        sizes, what = behind.attrs["sizes"], "x of causal_conv1d"
-        packed = self._packed(self._at(x, self.home[x], what), sizes)
+        groups = section_groups(site, behind) if behind is not None else None
+        assert x is not None and w is not None and behind is not None and groups is not None
+        pack, what = Pack(behind.attrs, groups, self._shares(x)), "x of causal_conv1d"
+        packed = pack.packed(self._at(x, self.home[x], what))
         moved = self._moved(packed, self.split.over(self.split.whole(packed.type), 2), 1, self._path(x, what))
-        taps = self._packed(ops.reshape(self.env[w], pattern="c k -> k c"), sizes)
-        taps = self._share(ops.reshape(taps, pattern="k g e -> (g e) k"))
-        given = None if bias is None else self._share(ops.reshape(self._packed(self.env[bias], sizes), pattern="g e -> (g e)"))
+        taps = self._share(ops.reshape(pack.packed(ops.reshape(self.env[w], pattern="c k -> k c")), pattern="k g e -> (g e) k"))
+        row = None if bias is None else pack.packed(ops.reshape(self.env[bias], pattern="c -> u=1 c"))
+        given = None if row is None else self._share(ops.reshape(row, pattern="u=1 g e -> (g e)"))
         borders = self.env[cu] if cu is not None else None
         self._emit(node, node.op, [ops.reshape(moved, pattern="b t g e -> b t (g e)"), taps, given, None, borders], node.attrs)
-        self._part(self.env[node.outputs[0]], behind, sizes)
-        self._settle(behind, ops.split.infer([self.home[node.outputs[0]]], behind.attrs))
-
-    def _part(self, y: Value, behind: Node, sizes: tuple[int, ...]) -> None:
-        """The sections again, each split over ranks."""
-        self.b.loc, n = behind.loc, self.split.ranks
-        parted = ops.reshape(y, pattern=f"... (g e={sum(sizes) // n}) -> ... g e")
-        pieces = self.b.emit(ops.split, [parted], {"sizes": tuple(s // n for s in sizes)})
-        for value, piece in zip(behind.outputs, pieces, strict=True):
-            self.env[value] = ops.reshape(piece, pattern="... g e -> ... (g e)")
+        self.b.loc = behind.loc
+        self.env.update(zip(behind.outputs, pack.parted(self.env[node.outputs[0]]), strict=True))
         self.carried.update(behind.outputs)
         self.done.add(behind)
+        self._settle(behind, ops.split.infer([self.home[node.outputs[0]]], behind.attrs))
 
-    def _packed(self, x: Value, sizes: tuple[int, ...]) -> Value:
-        """`[..., c]` as `[..., ranks, c / ranks]`, a share of every section for each rank."""
-        parts = self.b.emit(ops.split, [x], {"sizes": sizes})
-        joined, *rest = (ops.reshape(p, pattern=f"... (g={self.split.ranks} e) -> ... g e") for p in parts)
-        for part in rest:
-            joined = ops.concat(joined, part)
-        return joined
+    def _shares(self, x: Value) -> int:
+        """How many ranks a value's channels are shared out to, those of other axes included."""
+        return self.split.ranks * prod(self.split.mesh[a] for a in self.home[x].dims[-1].axes if a in self.split.mesh)
 
     def _share(self, x: Value) -> Value:
         return ops.shard(x, axis=self.split.axis, dim=0)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import prod
+from math import gcd, prod
 from typing import Any
 
-from ..ir import Dim, Graph, Mesh, Node, OpDef, PlacementError, TensorType, TypeMismatch, ops
+from ..ir import Dim, Graph, Mesh, Node, OpDef, PlacementError, TensorType, TypeMismatch, Value, ops
 from ..ir.signature import spread
 from ..ir.sizes import divide
 from ..ir.types import BYTES
@@ -129,6 +129,33 @@ def _undivided(site: Site, letter: str) -> str:
     return f"{name} is {type_}; dim {use.position} must be a multiple of {site.split}"
 
 
+def repeats(site: Site) -> int:
+    """How often each key head must stand there so that ranks divide the heads; 0 where they do not even then."""
+    bound = site.op.bind(site.types, site.node.attrs)
+    g, r, uses = bound.size["g"], bound.size.get("r", 1), bound.uses["g"]
+    axes = tuple(a for u in uses for a in u.dim.axes)
+    if site.split.divides(g, axes):
+        return 1
+    if not isinstance(g, int) or not isinstance(r, int):
+        return 0
+    own = g // prod(site.split.mesh[a] for a in dict.fromkeys(axes) if a in site.split.mesh)
+    times = site.split.ranks // gcd(own, site.split.ranks)
+    return times if r % times == 0 else 0
+
+
+def of_keys(op: OpDef) -> list[int]:
+    """The operands that have key heads alone: those that are repeated."""
+    letters = [{x for a in o.axes for x in a.letters} for o in op.inputs]
+    return [i for i, own in enumerate(letters) if "g" in own and "r" not in own]
+
+
+def _heads(site: Site, letter: str) -> str:
+    """Ranks must divide the heads, or key heads that are repeated."""
+    if repeats(site):
+        return ""
+    return f"{_undivided(site, letter)}, or a divisor of it where key heads can be repeated"
+
+
 def across(op: OpDef, types: Types, attrs: Mapping[str, Any], split: Split, by: str) -> tuple[Types, dict[str, Any]]:
     """Operands and attributes of an op that runs over the split: what has tokens is split along them."""
     made, crossing = [*types], op.crossing
@@ -179,13 +206,46 @@ def _sections(site: Site, letter: str) -> str:
     behind = sections_of(site.graph, site.node)
     if behind is None:
         return "its result is not parted into sections at once, or its states are used"
-    sizes = behind.attrs["sizes"]
-    if odd := next((n for n in sizes if n % site.split.ranks), None):
-        return f"sections of {sizes} channels; {odd} must be a multiple of {site.split}"
     takers = _behind(site)
     if not takers:
         return "no recurrence takes its channels"
-    return next((f"{node.op.name} behind it takes {way}" for way, node in takers.items() if way != "heads"), "")
+    if other := next((f"{node.op.name} behind it takes {way}" for way, node in takers.items() if way != "heads"), ""):
+        return other
+    sizes, axes = behind.attrs["sizes"], behind.inputs[0].type.dims[-1].axes  # type: ignore[union-attr] # split has it
+    groups = section_groups(site, behind)
+    if groups is None:
+        return "key heads must be repeated, and what becomes of them is also used elsewhere"
+    if odd := next((n for n, (_, m) in zip(sizes, groups, strict=True) if not site.split.divides(n * m, axes)), None):
+        return f"sections of {sizes} channels; {odd} must be a multiple of {site.split}"
+    return ""
+
+
+def section_groups(site: Site, behind: Node) -> list[tuple[int, int]] | None:
+    """For each section, its key heads and how often they are repeated (0, 1 where they are not); None where they cannot be."""
+    readers = [_only_reader(site.graph, value) for value in behind.outputs]
+    found = [_repeated(replace(site, node=n), v) if n is not None else (0, 1) for n, v in readers]
+    takers = [replace(site, node=n) for n in _takers(site.graph, behind)]
+    wanted = sum(len(of_keys(t.op)) for t in takers if repeats(t) > 1)
+    return found if sum(m > 1 for _, m in found) == wanted else None
+
+
+def _only_reader(graph: Graph, value: Value) -> tuple[Node | None, Value]:
+    """The recurrence that alone reads a section, through row-wise ops; None where it is read otherwise."""
+    while True:
+        users = graph.uses.get(value, ())
+        node = users[0] if len(users) == 1 and value not in graph.outputs else None
+        if node is None or node.is_op(*FAMILY):
+            return node, value
+        if not isinstance(node.op, OpDef) or not node.op.row or len(node.outputs) != 1:
+            return None, value
+        value = node.outputs[0]
+
+
+def _repeated(site: Site, value: Value) -> tuple[int, int]:
+    """The key heads that a recurrence reads from a value, and how often they are repeated."""
+    times = repeats(site)
+    keys = times > 1 and any(site.node.inputs[i] is value for i in of_keys(site.op))
+    return (int(value.type.dims[2].size), times) if keys else (0, 1)
 
 
 def _halo(site: Site, letter: str) -> str:
@@ -241,7 +301,7 @@ def _everywhere(site: Site, letter: str) -> str:
 
 
 REMEDIES = (
-    Remedy("heads", FAMILY | ATTENTION, "g", "each rank has whole sequences of some heads", _undivided),
+    Remedy("heads", FAMILY | ATTENTION, "g", "each rank has whole sequences of some heads", _heads),
     Remedy("kv", ATTENTION, "", "each rank has all keys and values for its own queries", _uncrossed("kv"), "kv"),
     Remedy("ring", ATTENTION, "", "keys and values pass from rank to rank, queries stay", _uncrossed("ring"), "ring"),
     *(Remedy(name, FAMILY, "", about, _uncrossed(name), name) for name, about in _RELAY.items()),
@@ -305,15 +365,15 @@ def token_letters(op: OpDef, types: Types, attrs: Mapping[str, Any], split: Spli
     return {letter for letter, uses in op.bind(types, attrs).uses.items() if any(split.axis in u.dim.axes for u in uses)}
 
 
-def local_reshape(type_: TensorType, pattern: str, split: Split) -> str:
-    """`(h=8 d)` as `(h d=16)` where h is split: each rank finds its own number of heads."""
+def local_reshape(type_: TensorType, pattern: str, split: Split, home: TensorType) -> str:
+    """`(h=8 d)` as `(h d=16)` where h is split: each rank finds its own number of heads, which may be more than at home."""
     index, (left, right) = split.dim(type_), ops.sides(pattern)
     spare = len(type_.dims) - len(left)
     place = None if index is None else index - spare if left[0].letters == ("...",) else index
     if index is None or place is None or place < 0 or len(left[place].letters) != 2 or "=" not in left[place].letters[0]:
         return pattern
     outer, inner = left[place].letters
-    size = divide(type_.dims[index].size, int(outer.split("=")[1]))
+    size = divide(home.dims[index].size, int(outer.split("=")[1]))
     new = {outer: outer.split("=")[0], inner: f"{inner.split('=')[0]}={size}"}
     texts = [_side([[new.get(x, x) for x in a.letters] for a in left]), _side([_bare(a.letters) for a in right])]
     return " -> ".join(texts)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from typing import cast
 
 import torch
@@ -24,6 +25,7 @@ from ..ir import (
     parameters,
     simulate,
 )
+from ..ir.orders import parse_order
 from .registry import NUMERICS
 from .samples import Sample, draw, is_borders, shape
 from .verify import reached
@@ -162,10 +164,14 @@ def in_f64(graph: Graph) -> Graph:
 
 
 def mesh_of(graph: Graph) -> Mesh:
-    """Two ranks on every axis that a type of the program names."""
+    """Two ranks on every axis that a type of the program names, or as many as an order of a dim that it splits is for."""
     types = [v.type for g in reached(graph) for v in (*g.inputs, *g.params, *(o for n in g.nodes for o in n.outputs))]
-    axes = dict.fromkeys(a for t in types for a in (*(a for d in t.dims for a in d.axes), *sorted(t.partial)))
-    return Mesh(tuple((axis, 2) for axis in axes))
+    dims = [d for t in types for d in t.dims if d.axes]
+    axes = dict.fromkeys([*(a for d in dims for a in d.axes), *(a for t in types for a in sorted(t.partial))], 2)
+    for dim in dims:
+        made = parse_order(dim.order)
+        axes |= {dim.axes[-1]: made.parts // prod(axes[a] for a in dim.axes[:-1])} if made else {}
+    return Mesh(tuple(axes.items()))
 
 
 def _pair(before: Graph, after: Graph, sample: Sample) -> tuple[_Run, _Run]:

@@ -219,11 +219,17 @@ def test_attention_exchanges_heads() -> None:
     assert "f64[b, s, 4@cp, 3]" in str(after) and "shard(sinks" in str(after)
 
 
-def test_attention_of_few_key_heads_gathers_and_says_why() -> None:
-    after, said = placed(ATTENTION.replace("bf16", "f64").replace(", 4,", ", 1,"))
-    assert moves(after) == {"all_gather": 3}
-    assert lines(said, "missed") == ["heads attention: k is f64[b, s, 1, 3]; dim 2 must be a multiple of cp=2"]
-    assert "q is gathered too" in lines(said, "passed")[0]
+def test_few_key_heads_stand_there_several_times() -> None:
+    after, said = placed(ATTENTION.replace("bf16", "f64").replace(", 4,", ", 1,"), mesh="cp=4")
+    assert moves(after) == {"all_to_all": 4} and str(after).count("repeat_heads") == 2
+    assert "heads attention: key heads stand 4 times, for as many ranks" in lines(said, "note")
+
+
+def test_heads_that_ranks_do_not_divide_keep_their_queries_and_say_why() -> None:
+    after, said = placed(ATTENTION.replace("bf16", "f64").replace(", 4,", ", 3,").replace("8", "9"))
+    assert moves(after) == {} and "by='kv'" in str(after)
+    why = "k is f64[b, s, 3, 3]; dim 2 must be a multiple of cp=2, or a divisor of it where key heads can be repeated"
+    assert lines(said, "missed") == [f"heads attention: {why}"]
 
 
 def test_attention_gathers_on_demand() -> None:
@@ -237,36 +243,36 @@ def test_channels_travel_with_the_heads_they_become() -> None:
     assert moves(after) == {"all_to_all": 4, "all_gather": 1}  # the last is for the state, which is a result
 
 
-def test_channels_are_gathered_where_heads_do_not_part() -> None:
+def test_a_state_crosses_where_heads_do_not_part() -> None:
     after, said = placed(recurrence(3, 3))
+    assert [r.what for r in said if r.kind == "passed"] == ["halo", "states"]
+    assert [r.what for r in said if r.kind == "missed"] == ["sections", "heads"]
+    assert moves(after) == {"all_reduce": 1}  # the last state, which is a result
+
+
+def test_everything_is_gathered_once_on_demand() -> None:
+    after, said = placed(recurrence(2, 4), recurrence="gather")
     assert [r.what for r in said if r.kind == "passed"] == ["gather", "gather"]
-    assert [r.what for r in said if r.kind == "missed"] == ["sections", "channels", "heads"]
     assert moves(after) == {"all_gather": 3}  # x, decay, beta: what the conv gives is whole already
 
 
-def test_a_conv_alone_exchanges_channels() -> None:
+def test_sections_of_few_key_heads_are_packed_several_times() -> None:
+    after, said = placed(recurrence(1, 4), mesh="cp=4")
+    assert [r.what for r in said if r.kind == "passed"] == ["sections", "heads"]
+    assert moves(after)["all_to_all"] == 4 and "f64[b, s, 4@cp, 3]" in str(after)
+
+
+def test_a_conv_alone_asks_for_a_halo() -> None:
     after, said = placed(CONV)
-    assert [r.what for r in said if r.kind == "passed"] == ["channels"]
-    assert moves(after) == {"all_to_all": 2, "all_gather": 1}
+    assert [r.what for r in said if r.kind == "passed"] == ["halo"]
+    assert moves(after) == {"all_reduce": 1}  # the last inputs, which are a result
 
 
-def test_sections_that_no_recurrence_takes_travel_as_channels() -> None:
+def test_sections_that_no_recurrence_takes_stay() -> None:
     text = CONV.replace("    return y, final", "    a, c = split(y, sizes=(6, 8))\n    return a, c")
     after, said = placed(text)
     assert "sections causal_conv1d: no recurrence takes its channels" in lines(said, "missed")
-    assert moves(after) == {"all_to_all": 2}
-
-
-def test_a_projection_behind_a_gathered_conv_is_shared_out() -> None:
-    text = CONV.replace("14", "13").replace("    return y, final", "    a = silu(y)\n    z = linear(a, v)\n    return z")
-    after, _ = placed(text.replace("):", ", v: f64[6, 13] = normal(0.5)):"))
-    assert [str(n.outputs[0].type) for n in after.nodes if n.is_op("silu", "linear")] == ["f64[b, s, 13]", "f64[b, s@cp, 6]"]
-
-
-def test_odd_channels_are_gathered() -> None:
-    after, said = placed(CONV.replace("14", "13"))
-    assert "x is f64[b, s, 13]; dim 2 must be a multiple of cp=2" in lines(said, "missed")[1]
-    assert moves(after) == {"all_gather": 1}
+    assert moves(after) == {}
 
 
 @pytest.mark.parametrize("heads", [4, 3])
@@ -279,7 +285,7 @@ def test_every_recurrence_with_its_state(face: Any, heads: int) -> None:
     inputs = ", ".join(f"x{i}: f64[{shape}]" for i, shape in enumerate(shapes))
     names = ", ".join(f"x{i}" for i in range(len(shapes)))
     after, said = placed(f"def f({inputs}):\n    o, end = {face.name}({names}, scale=0.1)\n    return o, end\n")
-    assert [r.what for r in said if r.kind == "passed"] == ["heads" if heads == 4 else "gather"]
+    assert [r.what for r in said if r.kind == "passed"] == ["heads"]
     assert str(after.outputs[0].type) == f"f64[b, s@cp, {2 * heads}, 5]" and "@" not in str(after.outputs[1].type)
 
 
@@ -294,6 +300,37 @@ def test_a_sum_over_tokens_is_whole_at_the_end() -> None:
     assert moves(after) == {"all_reduce": 1} and str(after.outputs[0].type) == "f64[5, 6]"
 
 
+# -- ways and orders ------------------------------------------------------------------------------
+
+ORDERS = ["natural", "zigzag", "zigzag-packed"]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(
+    "ways", [("heads", "heads"), ("kv", "states"), ("ring", "chain"), ("kv", "scan"), ("gather", "gather")]
+)
+def test_every_way_in_every_order(ways: tuple[str, str], order: str) -> None:
+    before = wide(packed=order != "zigzag")
+    after, _ = place(before, attention=ways[0], recurrence=ways[1], order=order)
+    agree(before, after)
+    tokens = {"natural": "s@cp", "zigzag": "s@cp:zigzag(2)", "zigzag-packed": "s@cp:zigzag(2,packed)"}[order]
+    assert str(after.inputs[0].type) == f"i64[b, {tokens}]"
+
+
+def test_a_layer_goes_the_way_that_is_forced() -> None:
+    before = wide()
+    after, _ = place(before, ways="self_attention=ring gdn=chain")
+    agree(before, after)
+    assert "by='ring'" in str(layer(after, "self_attention")) and "by='chain'" in str(layer(after, "gdn"))
+    assert moves(layer(after, "mamba2")) == {"all_to_all": 4}
+
+
+def test_a_forced_way_that_is_not_legal_is_refused_with_what_remains() -> None:
+    text = ATTENTION.replace(", 4,", ", 3,").replace("8", "9")
+    with pytest.raises(PlacementError, match=r"dim 2 must be a multiple of cp=2.*what remains: kv, ring, gather"):
+        place(parse(text), ways="f=heads")
+
+
 # -- mistakes -------------------------------------------------------------------------------------
 
 MISTAKES: list[tuple[Callable[[], object], type[PlaitError], str]] = [
@@ -302,6 +339,9 @@ MISTAKES: list[tuple[Callable[[], object], type[PlaitError], str]] = [
     (lambda: place(wide(), mesh="cp=0"), PlacementError, "must be named axes and their ranks"),
     (lambda: place(wide(), axis="tp"), PlacementError, "no axis called tp; it has cp"),
     (lambda: place(place(wide())[0]), PassError, r"tokens is i64\[b, s@cp\], split over cp already"),
+    (lambda: place(wide(), ways="gdn=ring"), PlacementError, "ring is no way of it; what remains: heads"),
+    (lambda: place(wide(), ways="gnd=chain"), PassError, "names layer 'gnd'; there are gdn,"),
+    (lambda: place(wide(), ways="gdn=chian"), PassError, "a way is one of heads, kv, ring"),
     (lambda: place(parse("def f(x: f64[7]):\n    y = silu(x)\n    return y\n")), PassError, "no input has tokens"),
     (
         lambda: place(parse(ATTENTION.replace("b, s", "2, 7"))),
