@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from ..ir import Graph, PassError, PlacementError, TensorType, Value, parse_mesh
+from collections.abc import Callable
+
+from ..ir import Graph, Mesh, PassError, PlacementError, TensorType, Value, parse_mesh
 from .placing import Known, Placing, Plan
 from .registry import Outcome, register
 from .remarks import Remark
 from .remedies import ATTENTION_WAYS, RECURRENCE_WAYS, Split, Wanted
+from .tensor import features
 from .verify import reached
 
 ORDERS = ("natural", "zigzag", "zigzag-packed")
+
+
+# What each axis of a mesh splits, in the order in which they are placed.
+AXES: dict[str, tuple[str, Callable[[Graph, Split], Outcome]]] = {
+    "tp": ("features", features),
+}
 
 
 @register(
@@ -21,30 +30,54 @@ def place(
     graph: Graph,
     *,
     mesh: str = "cp=2",
-    axis: str = "cp",
+    axis: str = "",
     attention: str = "heads",
     recurrence: str = "heads",
     order: str = "natural",
     ways: str = "",
 ) -> Outcome:
-    """Split tokens over a mesh axis: `[b, s]` becomes `[b, s@cp]`, and ops that must see whole sequences get a remedy.
+    """Split a program over a mesh: tokens over `cp`, features over `tp`, the batch over `dp`, experts and batch over `ep`.
 
-    heads: exchange tokens for heads and back, where the ranks divide the heads. kv, ring: queries stay, keys and values are
-    gathered or pass from rank to rank. states, scan, chain: a recurrence's state crosses ranks. gather: every rank gets
-    whole sequences and does all the work. `ways` forces one by name of a layer: 'self_attention=ring gdn=chain'.
-    order: zigzag evens causal attention, over the batch's row or each packed segment; inputs come in that order then.
-    Parameters stay whole on every rank; kernels become ops again, so fuse afterwards. The pipeline text quotes a mesh:
-    `place{mesh='dp=2 cp=4' axis=cp}`.
+    Tokens `[b, s]` become `[b, s@cp]`, and ops that must see whole sequences get a remedy. heads: exchange tokens for heads
+    and back. kv, ring: queries stay, keys and values are gathered or pass from rank to rank. states, scan, chain: a
+    recurrence's state crosses ranks. gather: every rank gets whole sequences and does all the work. `ways` forces one by
+    name of a layer: 'self_attention=ring gdn=chain'. order: zigzag evens causal attention, over the batch's row or each
+    packed segment; inputs come in that order then. Kernels become ops again, so fuse afterwards. With `axis` that axis alone
+    is placed, and splits tokens. The pipeline text quotes a mesh: `place{mesh='dp=2 cp=4'}`.
     """
-    whole = parse_mesh(mesh)
-    ranks = whole[axis]
-    text = {"natural": "", "zigzag": f"zigzag({ranks})", "zigzag-packed": f"zigzag({ranks},packed)"}[order]
-    split = Split(axis, ranks, text, whole)
+    whole, said = parse_mesh(mesh), list[Remark]()
+    for name in [] if axis else _known(whole):
+        if name in AXES:
+            graph, more = AXES[name][1](graph, Split(name, whole[name], mesh=whole))
+            said += more
+    tokens = axis or ("cp" if "cp" in whole else "")
+    if not tokens:
+        return graph, tuple(said)
+    wanted = Wanted(attention, recurrence)
+    made, more = _tokens(graph, Split(tokens, whole[tokens], _order(order, whole[tokens]), whole), wanted, ways)
+    return made, (*said, *more)
+
+
+def _known(mesh: Mesh) -> list[str]:
+    """The axes of a mesh in the order in which they are placed; one of another name is refused."""
+    known = {**{name: what for name, (what, _) in AXES.items()}, "cp": "tokens"}
+    if strange := [name for name, _ in mesh.axes if name not in known]:
+        told = ", ".join(f"{name} ({what})" for name, what in known.items())
+        raise PlacementError(f"mesh axis {strange[0]}: its name says what it splits; there are {told}")
+    return [name for name in known if name in mesh]
+
+
+def _order(order: str, ranks: int) -> str:
+    return {"natural": "", "zigzag": f"zigzag({ranks})", "zigzag-packed": f"zigzag({ranks},packed)"}[order]
+
+
+def _tokens(graph: Graph, split: Split, wanted: Wanted, ways: str) -> Outcome:
+    """Tokens over an axis."""
     if placed := next((v for g in reached(graph) for v in _values(g) if split.lives(v.type)), None):
-        why = f"{placed.name} is {placed.type}, split over {axis} already"
-        raise PassError(f"{graph.name}: {why}; place takes a program that is whole along {axis}")
+        why = f"{placed.name} is {placed.type}, split over {split.axis} already"
+        raise PassError(f"{graph.name}: {why}; place takes a program that is whole along {split.axis}")
     known, said = Known(), list[Remark]()
-    plan = Plan(split, Wanted(attention, recurrence), _forced(graph, ways))
+    plan = Plan(split, wanted, _forced(graph, ways))
     made = Placing(graph, _inputs(graph, split), plan, known, said).run()
     return made, tuple(said)
 
