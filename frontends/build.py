@@ -62,7 +62,7 @@ def _blocks(b: Builder, spec: ModelSpec, plan: Plan, x: Value, shared: dict[str,
     layers: dict[Any, Graph] = {}
     losses = list[Value]()
     for name, kind in named_kinds(spec).items():
-        title = name.replace("attention", "self_attention")  # `attention` itself is an op
+        title = layer_name(name)
         reads = {n: shared[n].type for n in _reads(kind, plan) if n in shared}
         layers[kind] = build_layer(kind, spec, plan.dtype, reads, title)
     for i, kind in enumerate(spec.blocks):
@@ -72,6 +72,17 @@ def _blocks(b: Builder, spec: ModelSpec, plan: Plan, x: Value, shared: dict[str,
         x, *balance = made if isinstance(made, tuple) else (made,)
         losses += balance
     return x, losses
+
+
+def layer_name(name: str) -> str:
+    """What the graph of a distinct kind is called: `attention` itself is an op."""
+    return name.replace("attention", "self_attention")
+
+
+def ways_of(spec: ModelSpec) -> str:
+    """The ways that kinds ask for, by name of their layers, as `place` takes them: `self_attention=ring gdn=chain`."""
+    asked = {layer_name(name): getattr(kind, "cp", "") for name, kind in named_kinds(spec).items()}
+    return " ".join(f"{name}={way}" for name, way in asked.items() if way)
 
 
 def _reads(kind: Any, plan: Plan) -> tuple[str, ...]:

@@ -15,6 +15,9 @@ Size = Annotated[int, Field(ge=1, le=MAX_SIZE)]
 Count = Annotated[int, Field(ge=0, le=MAX_SIZE)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
+AttentionWay = Literal["", "heads", "kv", "ring", "gather"]
+RecurrenceWay = Literal["", "heads", "states", "scan", "chain", "gather"]
+_WAY = "way across ranks that tokens are split over, as `place` names them; what the pass is told when empty"
 Act = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
 
 
@@ -111,6 +114,7 @@ class Attention(Frozen):
     softcap: NotNegative = Field(default=0.0, description="scores become c tanh(score / c); 0 for none")
     scale: Positive | None = Field(default=None, description="score multiplier; head_dim**-0.5 unless given")
     causal: bool = Field(default=True, description="a query sees no later key")
+    cp: AttentionWay = Field(default="", description=_WAY)
 
     @model_validator(mode="before")
     @classmethod
@@ -158,6 +162,7 @@ class Gdn(Frozen):
     value_dim: Size = Field(description="columns of a value head")
     conv: Size = Field(default=4, le=64, description="taps of the short convolution over q, k and v")
     gate_act: Literal["silu", "sigmoid"] = Field(default="silu", description="activation of the output gate")
+    cp: RecurrenceWay = Field(default="", description=_WAY)
 
     def rules(self) -> list[str]:
         lines = divides("key_heads", self.key_heads, "value_heads", self.value_heads)
@@ -191,6 +196,7 @@ class Kda(Frozen):
     heads: Size = Field(description="heads of query, key and value alike")
     head_dim: Size = Field(description="columns of a head, and rank of the decay and output gates")
     conv: Size = Field(default=4, le=64, description="taps of the short convolutions, one each for q, k and v")
+    cp: RecurrenceWay = Field(default="", description=_WAY)
 
     def rules(self) -> list[str]:
         return bounded("heads", "3 * heads * head_dim", 3 * self.width)
@@ -220,6 +226,7 @@ class Mamba2(Frozen):
     )
     a_min: Positive = Field(default=1.0, description="smallest initial decay rate")
     a_max: Positive = Field(default=16.0, description="largest initial decay rate")
+    cp: RecurrenceWay = Field(default="", description=_WAY)
 
     @model_validator(mode="before")
     @classmethod

@@ -41,9 +41,10 @@ def place(
     Tokens `[b, s]` become `[b, s@cp]`, and ops that must see whole sequences get a remedy. heads: exchange tokens for heads
     and back. kv, ring: queries stay, keys and values are gathered or pass from rank to rank. states, scan, chain: a
     recurrence's state crosses ranks. gather: every rank gets whole sequences and does all the work. `ways` forces one by
-    name of a layer: 'self_attention=ring gdn=chain'. order: zigzag evens causal attention, over the batch's row or each
-    packed segment; inputs come in that order then. Kernels become ops again, so fuse afterwards. With `axis` that axis alone
-    is placed, and splits tokens. The pipeline text quotes a mesh: `place{mesh='dp=2 cp=4'}`.
+    name of a layer, in an order of its own if it says so: 'self_attention=ring:zigzag gdn=chain'. order: zigzag evens causal
+    attention, over the batch's row or each packed segment; inputs come in that order then. Kernels become ops again, so fuse
+    afterwards. With `axis` that axis alone is placed, and splits tokens. The pipeline text quotes a mesh:
+    `place{mesh='dp=2 cp=4'}`.
     """
     whole, said = parse_mesh(mesh), list[Remark]()
     for name in [] if axis else _known(whole):
@@ -77,22 +78,27 @@ def _tokens(graph: Graph, split: Split, wanted: Wanted, ways: str) -> Outcome:
         why = f"{placed.name} is {placed.type}, split over {split.axis} already"
         raise PassError(f"{graph.name}: {why}; place takes a program that is whole along {split.axis}")
     known, said = Known(), list[Remark]()
-    plan = Plan(split, wanted, _forced(graph, ways))
+    plan = Plan(split, wanted, *_forced(graph, ways, split.ranks))
     made = Placing(graph, _inputs(graph, split), plan, known, said).run()
     return made, tuple(said)
 
 
-def _forced(graph: Graph, ways: str) -> dict[str, Wanted]:
-    """What `ways` says: a way for every op of a layer that must see whole sequences."""
-    found, names = dict[str, Wanted](), sorted({graph.name, *(g.name for g in graph.layers)})
+def _forced(graph: Graph, ways: str, ranks: int) -> tuple[dict[str, Wanted], dict[str, str]]:
+    """What `ways` says: a way for every op of a layer that must see whole sequences, and the order it runs in."""
+    found, orders = dict[str, Wanted](), dict[str, str]()
+    names, known = sorted({graph.name, *(g.name for g in graph.layers)}), dict.fromkeys((*ATTENTION_WAYS, *RECURRENCE_WAYS))
     for part in ways.replace(",", " ").split():
-        name, _, way = part.partition("=")
+        name, _, told = part.partition("=")
+        way, _, order = told.partition(":")
         if name not in names:
             raise PassError(f"ways: {part!r} names layer {name!r}; there are {', '.join(names)}")
-        if way not in (*ATTENTION_WAYS, *RECURRENCE_WAYS):
-            raise PassError(f"ways: {part!r}; a way is one of {', '.join(dict.fromkeys((*ATTENTION_WAYS, *RECURRENCE_WAYS)))}")
+        if way not in known:
+            raise PassError(f"ways: {part!r}; a way is one of {', '.join(known)}")
+        if order and order not in ORDERS:
+            raise PassError(f"ways: {part!r}; an order is one of {', '.join(ORDERS)}")
         found[name] = Wanted(way, way, forced=True)
-    return found
+        orders |= {name: _order(order, ranks)} if order else {}
+    return found, orders
 
 
 def _values(graph: Graph) -> list[Value]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
@@ -11,6 +11,7 @@ from ..ir import Graph, Node, OpDef, PlacementError, Replay, TensorType, Value, 
 from .outline import inline
 from .remarks import Remark
 from .remedies import (
+    MIXING,
     REMEDIES,
     Remedy,
     Site,
@@ -39,9 +40,18 @@ class Plan:
     split: Split
     wanted: Wanted
     forced: Mapping[str, Wanted]
+    orders: Mapping[str, str] = field(default_factory=dict[str, str])  # of layers whose tokens are in another order
 
     def of(self, graph: Graph) -> Wanted:
         return self.forced.get(graph.name, self.wanted)
+
+    def within(self, layer: Graph, lead: TensorType) -> Plan:
+        """The plan inside a layer: its own order; that of its first operand where it takes and gives tokens in any."""
+        order, index = self.orders.get(layer.name, self.split.order), self.split.dim(lead)
+        free = layer.outputs[0].type.shape == lead.shape and not any(n.is_op(*MIXING) for n in layer.nodes)
+        if free and index is not None and layer.name not in self.orders:
+            order = lead.dims[index].order
+        return replace(self, split=replace(self.split, order=order))
 
 
 @dataclass(frozen=True)
@@ -113,14 +123,15 @@ class Placing:
     # -- nodes ----------------------------------------------------------------------------
 
     def _layer(self, node: Node) -> None:
-        """A layer's borders are at home."""
+        """A layer's borders are at home, tokens in the order that the layer runs in."""
         assert node.callee is not None
-        case = node.callee, tuple(self.home[v] for v in node.operands)
+        inner = self.plan.within(node.callee, self.home[node.operands[0]])
+        types = [inner.split.ordered(self.home[v]) for v in node.operands]
+        case = node.callee, tuple(types)
         if case not in self.known:
-            self.known[case] = Placing(*case, self.plan, self.known, self.said).run()
-        inputs = [
-            self._at(v, self.home[v], f"{i.name} of {node.op.name}") for v, i in zip(node.operands, case[0].inputs, strict=True)
-        ]
+            self.known[case] = Placing(*case, inner, self.known, self.said).run()
+        given = zip(node.operands, types, case[0].inputs, strict=True)
+        inputs = [self._at(v, t, f"{i.name} of {node.op.name}") for v, t, i in given]
         self._emit(node, self.known[case], inputs, node.attrs)
         self.home |= {v: self.env[v].type for v in node.outputs}
 
@@ -277,6 +288,8 @@ class Placing:
     def _moved(self, value: Value, wanted: TensorType, tokens: int | None, what: str) -> Value:
         """The collective between two placements, and what it costs; tokens are put in order where they are whole."""
         axis, src, dst = self.split.axis, self.split.dim(value.type), self.split.dim(wanted)
+        if src is not None and src == dst:
+            return self._exchanged(value, src, value.type.dims[src].order, wanted.dims[src].order, what)
         if dst is not None and wanted.dims[dst].order != value.type.dims[dst].order:
             value = self._reordered(value, dst, value.type.dims[dst].order, wanted.dims[dst].order)
         op, attrs, share = _collective(src, dst, axis in value.type.partial, self.split.ranks)
@@ -288,6 +301,13 @@ class Placing:
             made = self._reordered(made, src, made.type.dims[src].order, wanted.dims[src].order)
         assert made.type == wanted
         return made
+
+    def _exchanged(self, value: Value, dim: int, was: str, order: str, what: str) -> Value:
+        """Tokens that are split, in another order: they move between ranks."""
+        borders = self.borders if "packed" in was + order else None
+        attrs = {"dim": dim, "was": was, "order": order, "over": self.split.axis, "by": "exchange"}
+        self.said.append(Remark("note", "reorder", self.b.loc, f"{what}: tokens from order {was or 'natural'!r} to {order!r}"))
+        return self.b.emit(ops.reorder, [value, borders], attrs, [value.name])[0]
 
     def _reordered(self, value: Value, dim: int, was: str, order: str) -> Value:
         """Tokens of a whole dim in another order."""

@@ -54,6 +54,11 @@ class Split:
         made = self.over(type_, index)
         return made.with_dim(index, replace(made.dims[index], order=self.order))
 
+    def ordered(self, type_: TensorType) -> TensorType:
+        """A value whose tokens are split, with them in this split's order."""
+        at = self.dim(type_)
+        return type_ if at is None else type_.with_dim(at, replace(type_.dims[at], order=self.order))
+
     def even(self, type_: TensorType) -> bool:
         """Whether every rank has as much; symbolic sizes are the caller's word."""
         index = self.dim(type_)
@@ -287,7 +292,7 @@ def _takers(graph: Graph, start: Node) -> list[Node]:
 
 CONV = frozenset({"causal_conv1d"})
 SUMS = frozenset({"cross_entropy", "linear_cross_entropy", "load_balance_loss", "z_loss"})
-PLACES = frozenset({"positions", "dropout"})
+PLACES = frozenset({"positions", "dropout", "tokens_of"})
 ATTENTION = frozenset({"attention"})
 _RELAY = {
     "states": "every rank gets all ranks' summaries of their tokens",
@@ -312,6 +317,7 @@ REMEDIES = (
     Remedy("here", PLACES, "", "each rank knows where its own tokens stand", _uncrossed("here"), "here"),
     Remedy("gather", frozenset(), "", "each rank has all tokens and does all the work", _everywhere),
 )
+MIXING = FAMILY | ATTENTION | CONV
 ATTENTION_WAYS = ("heads", "kv", "ring", "gather")
 RECURRENCE_WAYS = ("heads", "states", "scan", "chain", "gather")
 # What is tried where the wanted way is not legal.

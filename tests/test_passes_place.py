@@ -156,7 +156,7 @@ def test_exchanges_of_each_layer() -> None:
     assert counts["kda"] == {"all_to_all": 4}
     assert counts["mamba2"] == {"all_to_all": 4}  # and what skips the recurrence stays where it is
     assert counts["self_attention"] == {"all_to_all": 4}  # q, k, v; o back
-    assert counts["moe"] == {"all_gather": 3}  # rows and choices to the experts, weights to the sum
+    assert counts["moe"] == {}  # every rank has rows of its own tokens
     assert counts["head"] == {}
 
 
@@ -325,6 +325,23 @@ def test_a_layer_goes_the_way_that_is_forced() -> None:
     assert moves(layer(after, "mamba2")) == {"all_to_all": 4}
 
 
+def test_layers_run_in_orders_of_their_own() -> None:
+    """One reorder each way around attention; what takes tokens in any order takes them as they come."""
+    before = wide(packed=True)
+    after, said = place(before, ways="self_attention=ring:zigzag gdn=chain")
+    agree(before, after)
+    assert [why.split(": ")[0] for why in lines(said, "note") if why.startswith("reorder ")] == [
+        "reorder gdn to x of self_attention",
+        "reorder positions to p of self_attention",
+        "reorder self_attention to x of mamba2",
+        "reorder moe to x of self_attention",
+        "reorder self_attention to x of head",
+    ]
+    other, _ = place(before, order="zigzag", ways="gdn=heads:natural kda=heads:natural self_attention=kv")
+    agree(before, other)
+    assert str(layer(other, "moe").inputs[0].type) == "f64[b, s@cp, 20]"  # after kda, in its order
+
+
 def test_a_forced_way_that_is_not_legal_is_refused_with_what_remains() -> None:
     text = ATTENTION.replace(", 4,", ", 3,").replace("8", "9")
     with pytest.raises(PlacementError, match=r"dim 2 must be a multiple of cp=2.*what remains: kv, ring, gather"):
@@ -341,6 +358,7 @@ MISTAKES: list[tuple[Callable[[], object], type[PlaitError], str]] = [
     (lambda: place(place(wide())[0]), PassError, r"tokens is i64\[b, s@cp\], split over cp already"),
     (lambda: place(wide(), ways="gdn=ring"), PlacementError, "ring is no way of it; what remains: heads"),
     (lambda: place(wide(), ways="gnd=chain"), PassError, "names layer 'gnd'; there are gdn,"),
+    (lambda: place(wide(), ways="gdn=chain:zagzig"), PassError, "an order is one of natural, zigzag, zigzag-packed"),
     (lambda: place(wide(), ways="gdn=chian"), PassError, "a way is one of heads, kv, ring"),
     (lambda: place(parse("def f(x: f64[7]):\n    y = silu(x)\n    return y\n")), PassError, "no input has tokens"),
     (
