@@ -5,26 +5,33 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ..ir import Graph, Mesh, PassError, PlacementError, TensorType, Value, parse_mesh
+from .batch import batches
+from .experts import experts
+from .machine import Machine, load_machine
 from .placing import Known, Placing, Plan
+from .plan import plan
 from .registry import Outcome, register
 from .remarks import Remark
 from .remedies import ATTENTION_WAYS, RECURRENCE_WAYS, Split, Wanted
 from .tensor import features
 from .verify import reached
 
+AUTO = "auto"
 ORDERS = ("natural", "zigzag", "zigzag-packed")
 
 
 # What each axis of a mesh splits, in the order in which they are placed.
 AXES: dict[str, tuple[str, Callable[[Graph, Split], Outcome]]] = {
     "tp": ("features", features),
+    "ep": ("experts and the batch", experts),
+    "dp": ("the batch", batches),
 }
 
 
 @register(
     numerics="reassociates",
     model=True,
-    choices={"attention": ATTENTION_WAYS, "recurrence": RECURRENCE_WAYS, "order": ORDERS},
+    choices={"attention": (*ATTENTION_WAYS, AUTO), "recurrence": (*RECURRENCE_WAYS, AUTO), "order": ORDERS},
 )
 def place(
     graph: Graph,
@@ -35,6 +42,9 @@ def place(
     recurrence: str = "heads",
     order: str = "natural",
     ways: str = "",
+    machine: str = "h200",
+    batch: int = 1,
+    seq: int = 8192,
 ) -> Outcome:
     """Split a program over a mesh: tokens over `cp`, features over `tp`, the batch over `dp`, experts and batch over `ep`.
 
@@ -42,11 +52,15 @@ def place(
     and back. kv, ring: queries stay, keys and values are gathered or pass from rank to rank. states, scan, chain: a
     recurrence's state crosses ranks. gather: every rank gets whole sequences and does all the work. `ways` forces one by
     name of a layer, in an order of its own if it says so: 'self_attention=ring:zigzag gdn=chain'. order: zigzag evens causal
-    attention, over the batch's row or each packed segment; inputs come in that order then. Kernels become ops again, so fuse
-    afterwards. With `axis` that axis alone is placed, and splits tokens. The pipeline text quotes a mesh:
-    `place{mesh='dp=2 cp=4'}`.
+    attention, over the batch's row or each packed segment; inputs come in that order then. auto: a plan for `batch` sequences
+    of `seq` tokens on `machine` says the ways and orders of all layers that `ways` does not (see `plait explain`).
+    Kernels become ops again, so fuse afterwards. With `axis` that axis alone is placed, and splits tokens. The pipeline text
+    quotes a mesh: `place{mesh='dp=2 cp=4'}`.
     """
     whole, said = parse_mesh(mesh), list[Remark]()
+    if AUTO in (attention, recurrence):
+        order, ways = _planned(graph, whole, axis or "cp", load_machine(machine), ways, batch, seq)
+        said.append(Remark("passed", AUTO, "", f"order={order} ways='{ways}', planned for {batch} x {seq} tokens on {machine}"))
     for name in [] if axis else _known(whole):
         if name in AXES:
             graph, more = AXES[name][1](graph, Split(name, whole[name], mesh=whole))
@@ -54,9 +68,17 @@ def place(
     tokens = axis or ("cp" if "cp" in whole else "")
     if not tokens:
         return graph, tuple(said)
-    wanted = Wanted(attention, recurrence)
+    wanted = Wanted(attention.replace(AUTO, "heads"), recurrence.replace(AUTO, "heads"))
     made, more = _tokens(graph, Split(tokens, whole[tokens], _order(order, whole[tokens]), whole), wanted, ways)
     return made, (*said, *more)
+
+
+def _planned(graph: Graph, mesh: Mesh, axis: str, machine: Machine, ways: str, batch: int, seq: int) -> tuple[str, str]:
+    """The cheapest order and ways, those in `ways` kept."""
+    told = [part.partition("=") for part in ways.replace(",", " ").split()]
+    forced = {name: way for name, _, way in told}
+    made = plan(graph, mesh, machine, batch, seq, axis=axis, ways=forced, reorders=True)
+    return made.order, made.ways
 
 
 def _known(mesh: Mesh) -> list[str]:
