@@ -190,6 +190,7 @@ class Crossing:
 
     letters: frozenset[str]
     summed: bool = False  # such results are whole already; else they are partial: ranks hold parts of a sum
+    typed: bool = False  # the op's own type rule speaks of the split
     ways: dict[str, OneWay] = field(default_factory=dict[str, OneWay])  # filled by `op.way`
 
     def crosses(self, letter: str) -> bool:

@@ -118,6 +118,7 @@ class Builder:
     def __init__(self, name: str, role: str = "graph") -> None:
         self.name, self.role, self.loc = name, role, ""
         self.inputs, self.params, self.inits, self.nodes = list[Value](), list[Value](), list[Init](), list[Node]()
+        self.under_way = dict[Value, Mapping[str, Any]]()  # what is begun, with its attributes; none once it is ended
 
     def input(self, name: str, type_: TensorType) -> Value:
         value = Value(name, checked(type_, name), self)
@@ -143,6 +144,7 @@ class Builder:
         """Append one typed node; errors carry `loc`."""
         loc = self.loc if loc is None else loc
         types = [v.type if v is not None else None for v in inputs]
+        self._arrive(op, inputs, attrs or {}, loc)
         try:
             if isinstance(op, Graph):
                 op, results = _call(op, types)
@@ -159,7 +161,21 @@ class Builder:
             wanted = wanted[:1] * len(results)
         outputs = tuple(Value(n, t, self) for n, t in zip(wanted, results, strict=True))
         self.nodes.append(Node(op, tuple(inputs), full, outputs, loc))
+        if isinstance(op, OpDef) and op.begins:
+            self.under_way[outputs[0]] = full
         return outputs
+
+    def _arrive(self, op: OpDef | Graph | None, inputs: Iterable[Value | None], attrs: Mapping[str, Any], loc: str) -> None:
+        """What is under way is read once, by its end; an end reads nothing else."""
+        ends, at = isinstance(op, OpDef) and op.ends, f" (at {loc})" if loc else ""
+        for value in inputs:
+            begun = self.under_way.get(value) if value is not None else None
+            if ends and (not begun or begun != attrs):
+                raise TypeMismatch(f"{op.name}: {value.name} must be begun with {dict(attrs)}, and not be ended yet{at}")  # type: ignore[union-attr] # it ends
+            if not ends and begun is not None and value is not None:
+                raise TypeMismatch(f"{op.name if op else 'return'}: {value.name} is under way; its end alone may read it{at}")
+            if ends and value is not None:
+                self.under_way[value] = {}
 
     def call(self, graph: Graph, *inputs: Value, params: str = "") -> Any:
         """Call another graph: a layer with its parameter prefix, or a kernel."""
@@ -175,9 +191,10 @@ class Builder:
             self.loc = outer
 
     def finish(self, outputs: Iterable[Value]) -> Graph:
-        return Graph(
-            self.name, tuple(self.inputs), tuple(self.params), tuple(self.inits), tuple(self.nodes), tuple(outputs), self.role
-        )
+        results = tuple(outputs)
+        self._arrive(None, results, {}, "")
+        parts = (self.inputs, self.params, self.inits, self.nodes)
+        return Graph(self.name, *map(tuple, parts), results, self.role)  # type: ignore[arg-type] # in the order of the fields
 
 
 def _call(graph: Graph, types: Sequence[TensorType | None]) -> tuple[Graph, tuple[TensorType, ...]]:

@@ -12,7 +12,7 @@ from .errors import PlacementError, TypeMismatch
 from .graph import Builder, Graph, Value
 from .init import ONES, Init
 from .op import OPS, OpDef
-from .ops import COLLECTIVES
+from .ops import COLLECTIVES, UNDER_WAY
 from .sample import sample
 from .types import DTYPES, Dim, TensorType
 
@@ -54,7 +54,7 @@ class Grower:
         elif self.values and dice < 0.5:
             self._move(self.rng.choice(self.values).type)
         else:
-            self._sampled(self.rng.choice([o for o in OPS.values() if o not in COLLECTIVES]))
+            self._sampled(self.rng.choice([o for o in OPS.values() if o not in (*COLLECTIVES, *UNDER_WAY)]))
 
     def finish(self) -> Graph:
         """A graph of some of the results."""

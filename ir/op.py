@@ -61,6 +61,8 @@ class OpDef:
     constant: str = ""  # why it has no gradient
     crossing: Crossing | None = None  # how it runs over a split of letters that it must see whole
     gradient_of: OpDef | None = None  # the op whose cotangents it computes
+    begins: bool = False  # its result is under way, until an op that `ends` reads it
+    ends: bool = False
 
     def __call__(self, *operands: Any, **named: Any) -> Any:
         """On tensors, compute; on values, record."""
@@ -165,7 +167,7 @@ class OpDef:
 
     def infer(self, types: Types, attrs: Mapping[str, Any]) -> tuple[TensorType, ...]:
         """Types of the results; raises TypeMismatch or PlacementError."""
-        if self.crossing and attrs.get("over"):
+        if self.crossing and attrs.get("over") and not self.crossing.typed:
             return self._over(self.crossing, types, attrs)
         if self.type_rule:
             self._check_present(types)

@@ -16,10 +16,12 @@ from ..sample import sample as draw
 from ..signature import Binding, Operand, alias, spread
 from ..types import TensorType
 from .attention import attention
-from .experts import combine, load_balance_loss, route, z_loss
+from .experts import load_balance_loss, route, z_loss
+from .linear import embedding
 from .loss import cross_entropy, linear_cross_entropy
 from .pointwise import wide
-from .recurrence import FAMILY
+from .recurrence import FAMILY, gated_delta_final, kimi_delta_final
+from .token_loss import balance, linear_token_losses, router_scores, token_losses, z_losses
 
 Tensor = torch.Tensor
 
@@ -37,7 +39,7 @@ def backward_op(op: OpDef) -> OpDef:
         {x: op.roles.get(x, "whole") for x in sorted(letters)},
         _reference(op),
         op.attrs,
-        f"2*({op.flops_text})",
+        f"2*({op.flops_text})" if op.flops_text != "0" else "0",
         linear=(frozenset(o.name for o in given),),
         same=op.same,
     )
@@ -48,7 +50,8 @@ def backward_op(op: OpDef) -> OpDef:
     back.infers(_types(op, back))
     back.samples(_samples(op))
     back.no_gradient("the gradient of a gradient is derived only where it is text over ops")
-    op.vjp(_call(op, back))
+    if op.vjp_rule is None:
+        op.vjp(_call(op, back))
     OPS[back.name] = back
     return back
 
@@ -130,5 +133,21 @@ def _call(op: OpDef, back: OpDef) -> Gradient:
 
 BACKWARD = {
     op: backward_op(op)
-    for op in (attention, *FAMILY, route, combine, cross_entropy, linear_cross_entropy, load_balance_loss, z_loss)
+    for op in (
+        attention,
+        *FAMILY,
+        gated_delta_final,
+        kimi_delta_final,
+        route,
+        cross_entropy,
+        linear_cross_entropy,
+        load_balance_loss,
+        z_loss,
+        token_losses,
+        linear_token_losses,
+        z_losses,
+        router_scores,
+        balance,
+        embedding,
+    )
 }

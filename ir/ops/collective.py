@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..crossing import Crossing
 from ..errors import PlacementError, TypeMismatch
 from ..op import op
 from ..orders import Sections, Zigzag, parse_order, permutation
@@ -125,34 +126,60 @@ def _slices(x: Tensor, ranks: int, dim: int) -> Shards:
 
 
 @op("x[...], cu:i64[n+1]? -> y[...]", map="...", whole="n", linear="x")
-def reorder(x: Tensor, cu: Tensor | None = None, *, dim: int = 1, order: str = "", was: str = "") -> Tensor:
+def reorder(
+    x: Tensor, cu: Tensor | None = None, *, dim: int = 1, order: str = "", was: str = "", over: str = "", by: str = ""
+) -> Tensor:
     """Permute a dim from order `was` to `order`; '' is the natural one
 
     'zigzag(n)' evens causal work over n ranks, 'zigzag(n,packed)' in every segment; 'sections(n,a,b)' gives each rank its
-    share of every section of features.
+    share of every section of features. A dim that is split changes its order by an exchange over that axis.
     """
     index = permutation(was, x.shape[dim], cu).argsort()[permutation(order, x.shape[dim], cu)]
     return x.index_select(dim, index.to(x.device))
 
 
+reorder.crossing = Crossing(frozenset({"..."}), typed=True)
+
+
 @reorder.infers
-def _(x: TensorType, cu: TensorType | None, *, dim: int, order: str, was: str) -> TensorType:
+def _(x: TensorType, cu: TensorType | None, *, dim: int, order: str, was: str, over: str, by: str) -> TensorType:
     """The order is an attribute, which letters cannot say."""
     _dim(x, dim, "reorder")
     _suits(x.dims[dim], order, cu)
     _suits(x.dims[dim], was, cu)
     if x.dims[dim].order != was:
         raise PlacementError(f"reorder: dim {dim} of {x} must be in order {was or 'natural'!r}")
-    if x.dims[dim].axes:
-        raise PlacementError(f"reorder: dim {dim} of {x} is split; permute it before it is split or after it is gathered")
+    if by != ("exchange" if over else ""):
+        raise PlacementError(f"reorder: by is {by!r}, must be 'exchange' with an axis to run over, and absent without")
+    if x.dims[dim].axes != ((over,) if over else ()):
+        apart = "is split; permute it before it is split, or say over which axis its parts are exchanged"
+        raise PlacementError(f"reorder: dim {dim} of {x} {f'must be split over {over} alone' if over else apart}")
+    return x.with_dim(dim, replace(x.dims[dim], order=order))
+
+
+@op("x[...] -> y[...]", map="...", linear="x")
+def relabel(x: Tensor, *, dim: int, order: str = "", was: str = "") -> Tensor:
+    """The same numbers, counted as standing in order `order` instead of `was`: nothing moves, places mean something else
+
+    A projection whose weight has its rows in another order gives columns in that order, which count as natural from there on.
+    """
+    return x
+
+
+@relabel.infers
+def _(x: TensorType, *, dim: int, order: str, was: str) -> TensorType:
+    """The order is an attribute, which letters cannot say."""
+    _dim(x, dim, "relabel")
+    if x.dims[dim].order != was or x.dims[dim].axes:
+        raise PlacementError(f"relabel: dim {dim} of {x} must be whole, in order {was or 'natural'!r}")
     return x.with_dim(dim, replace(x.dims[dim], order=order))
 
 
 def _suits(dim: Dim, order: str, cu: TensorType | None) -> None:
     """Refuse an order that a dim cannot be in."""
     made = parse_order(order)
-    if isinstance(made, Sections) and sum(made.sizes) != dim.size:
-        raise TypeMismatch(f"reorder: {order} adds up to {sum(made.sizes)}, the dim is {dim}")
+    if isinstance(made, Sections) and made.total != dim.size:
+        raise TypeMismatch(f"reorder: {order} adds up to {made.total}, the dim is {dim}")
     if isinstance(made, Zigzag) and made.packed and cu is None:
         raise TypeMismatch(f"reorder: {order} needs the borders of the segments, cu")
 
@@ -194,12 +221,14 @@ reduce_scatter.samples(_collective_sample({"axis": "cp", "dim": 1}))
 all_reduce.samples(_collective_sample({"axis": "cp"}))
 shard.samples(_collective_sample({"axis": "cp", "dim": 1}))
 reorder.samples(_collective_sample({"dim": 1, "order": "zigzag(2)"}))
+relabel.samples(_collective_sample({"dim": 1}))
 
 
 all_to_all.vjp("d_x = all_to_all(d_y, axis=axis, src=dst, dst=src)")
 reduce_scatter.vjp("d_x = all_gather(d_y, axis=axis, dim=dim)")
 shard.vjp("d_x = all_gather(d_y, axis=axis, dim=dim)")
-reorder.vjp("d_x = reorder(d_y, cu, dim=dim, order=was, was=order)")
+reorder.vjp("d_x = reorder(d_y, cu, dim=dim, order=was, was=order, over=over, by=by)")
+relabel.vjp("d_x = relabel(d_y, dim=dim, order=was, was=order)")
 
 
 @all_gather.vjp

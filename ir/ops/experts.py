@@ -10,9 +10,8 @@ from typing import Any, Literal
 import torch
 
 from ..op import op
-from ..sizes import times
-from ..types import Dim, TensorType
 from .pointwise import wide
+from .token_wise import token_wise
 
 Tensor = torch.Tensor
 
@@ -67,14 +66,6 @@ def dispatch(x: Tensor, experts: Tensor, *, e: int) -> tuple[Tensor, Tensor, Ten
     return rows, order, torch.bincount(flat, minlength=e)
 
 
-@dispatch.infers
-def _(x: TensorType, experts: TensorType, *, e: int) -> tuple[TensorType, ...]:
-    """The rows' size is the product of an ellipsis and k, in an order of their own."""
-    _, _, partial = dispatch.placed((x, experts), {})
-    rows = Dim(times(1, *(d.size for d in experts.dims)))
-    return TensorType(x.dtype, (rows, x.dims[-1]), partial), TensorType("i64", (rows,)), TensorType("i64", (Dim(e),))
-
-
 @dispatch.samples
 def _(sample: Any) -> list[Any]:
     return [sample.randn(2, 3, 4), torch.tensor([[[0, 2], [1, 2], [4, 0]]] * 2), {"e": 5}]
@@ -103,6 +94,22 @@ def combine(rows: Tensor, order: Tensor, weights: Tensor) -> Tensor:
 @combine.samples
 def _(sample: Any) -> list[Any]:
     return [sample.randn(12, 4), sample.permutation(12), sample.randn(2, 3, 2)]
+
+
+@op("y[... d], order:i64[n], weights[... k] -> rows[n d]", map="d", whole="n ... k", flops="n*d", linear="y, weights")
+def weigh_rows(y: Tensor, order: Tensor, weights: Tensor) -> Tensor:
+    """The token's row times the weight of each (token, choice) in `order`: what combine's result asks of its rows"""
+    return take_rows.reference(y, order, weights) * weights.reshape(-1)[order].unsqueeze(-1).to(y.dtype)
+
+
+@op(
+    "rows[n d], order:i64[n], y[... d], weights[... k] -> w:acc[... k]",
+    sum="d", whole="n ... k", flops="2*n*d", linear="rows, y", shape="weights",
+)  # fmt: skip
+def weight_products(rows: Tensor, order: Tensor, y: Tensor, weights: Tensor) -> Tensor:
+    """w = each row times its token's y: what combine's result asks of its weights, which give their shape alone"""
+    products = (wide(rows) * wide(take_rows.reference(y, order, weights))).sum(-1)
+    return torch.empty_like(products).index_copy(0, order, products).reshape(weights.shape)
 
 
 @op("x[... d], order:i64[n], experts:i64[... k] -> rows[n d]", map="d", whole="... k n", linear="x")
@@ -136,11 +143,36 @@ def _(sample: Any) -> list[Any]:
     return [sample.randn(12, 4), sample.permutation(12), sample.integers(5, 2, 3, 2)]
 
 
+@weigh_rows.samples
+def _(sample: Any) -> list[Any]:
+    return [sample.randn(2, 3, 4), sample.permutation(12), sample.randn(2, 3, 2)]
+
+
+@weight_products.samples
+def _(sample: Any) -> list[Any]:
+    return [sample.randn(12, 4), sample.permutation(12), sample.randn(2, 3, 4), sample.randn(2, 3, 2)]
+
+
 @grouped_outer.samples
 def _(sample: Any) -> list[Any]:
     return [sample.randn(7, 6), sample.randn(7, 4), torch.tensor([3, 0, 4])]
 
 
+for _op in (dispatch, grouped_linear, combine, weigh_rows, weight_products, take_rows, sum_rows, grouped_outer):
+    token_wise(_op)
+
+combine.vjp("""
+    d_rows = weigh_rows(d_y, order, weights)
+    d_weights = weight_products(rows, order, d_y, weights)
+""")
+weigh_rows.vjp("""
+    d_y = combine(d_rows, order, weights)
+    d_weights = weight_products(d_rows, order, y, weights)
+""")
+weight_products.vjp("""
+    d_rows = weigh_rows(y, order, d_w)
+    d_y = combine(rows, order, d_w)
+""")
 dispatch.vjp("d_x = sum_rows(d_rows, order, experts)")
 take_rows.vjp("d_x = sum_rows(d_rows, order, experts)")
 sum_rows.vjp("d_rows = take_rows(d_x, order, experts)")

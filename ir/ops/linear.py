@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from ..op import op
+from ..types import TensorType
 from .pointwise import wide
 
 Tensor = torch.Tensor
@@ -19,7 +21,7 @@ def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, w.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
-@op("w[v d], tokens:i64[...] -> y[... d]", map="... d", whole="v", linear="w")
+@op("w[v d], tokens:i64[...] -> y[... d]", map="... d", whole="v", linear="w", over="v")
 def embedding(w: Tensor, tokens: Tensor) -> Tensor:
     """y = the rows of w that the tokens name"""
     return F.embedding(tokens, w)
@@ -56,5 +58,13 @@ outer.vjp("""
     d_a = linear(b, d_y)
     d_b = linear(a, reshape(d_y, pattern='o i -> i o'))
 """)
-embedding.vjp("d_w = embedding_sum(d_y, tokens, v=v)")
+
+
+@embedding.vjp
+def _(types: Mapping[str, TensorType | None], attrs: Mapping[str, Any]) -> str:
+    """Across a split vocabulary a rank keeps the gradient of the words that it holds."""
+    across = "embedding_backward(w, tokens, d_y, over=over, by=by, order=order)"
+    return f"d_w = {across if attrs['over'] else 'embedding_sum(d_y, tokens, v=v)'}"
+
+
 embedding_sum.vjp("d_x = embedding(d_y, tokens)")

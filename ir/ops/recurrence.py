@@ -191,3 +191,37 @@ def _sampler(traits: Traits) -> Any:
 
 for _op, _traits in FAMILY.items():
     _op.samples(_sampler(_traits))
+
+
+_KV = "k[b t g k], v[b t (g r) v]"
+_FINAL = "state[n (g r) k v]?, cu:i64[n+1]? -> final:acc[n (g r) k v]"
+_ALONE: dict[str, Any] = {k: v for k, v in _ROLES.items() if k != "over"} | {"flops": "4*b*t*g*r*k*v"}
+
+
+@op(f"{_KV}, decay[b t (g r)]?, beta[b t (g r)], {_FINAL}", **_ALONE)
+def gated_delta_final(
+    k: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor, state: Tensor | None = None, cu: Tensor | None = None
+) -> Tensor:
+    """The state that the (gated) delta rule ends in, without its outputs"""
+    return recur(k, k, v, decay, beta, state, cu, 1.0, "delta")[1]
+
+
+@op(f"{_KV}, decay[b t (g r) k], beta[b t (g r)], {_FINAL}", **_ALONE)
+def kimi_delta_final(
+    k: Tensor, v: Tensor, decay: Tensor, beta: Tensor, state: Tensor | None = None, cu: Tensor | None = None
+) -> Tensor:
+    """The state that Kimi's delta rule ends in, without its outputs"""
+    return recur(k, k, v, decay, beta, state, cu, 1.0, "delta")[1]
+
+
+FINALS = {gated_delta_rule: gated_delta_final, delta_rule: gated_delta_final, kimi_delta_attention: kimi_delta_final}
+
+
+@gated_delta_final.samples
+def _(sample: Any) -> list[Any]:
+    return _sampler(FAMILY[gated_delta_rule])(sample)[1:-1]
+
+
+@kimi_delta_final.samples
+def _(sample: Any) -> list[Any]:
+    return _sampler(FAMILY[kimi_delta_attention])(sample)[1:-1]

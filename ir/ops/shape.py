@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 
 from ..errors import PlacementError, TypeMismatch
 from ..op import op
+from ..orders import Sections, parse_order
 from ..signature import Axis, Binding, Operand, bind, spread
 from ..sizes import times
 from ..types import Dim, TensorType
@@ -20,25 +21,102 @@ Tensor = torch.Tensor
 
 
 @op("x[... d] -> y[... d]", map="...", whole="d", row=True, linear="x")
-def split(x: Tensor, *, sizes: tuple[int, ...]) -> tuple[Tensor, ...]:
-    """Sections of the last dim, in order"""
-    return x.split(list(sizes), -1)
+def split(x: Tensor, *, sizes: tuple[int, ...], parts: int = 1) -> tuple[Tensor, ...]:
+    """Sections of the last dim, in order; with `parts`, of a dim in order sections(parts,...)"""
+    if parts > 1 and x.shape[-1] == sum(sizes):  # all of it: every rank's share of a section is put behind the one before
+        shares = x.unflatten(-1, (parts, -1)).split([n // parts for n in sizes], -1)
+        return tuple(y.flatten(-2) for y in shares)
+    if x.shape[-1] * parts != sum(sizes):
+        raise TypeMismatch(f"split: {x.shape[-1]} columns are neither all of {sum(sizes)} nor one rank's of {parts}")
+    return x.split([n // parts for n in sizes], -1)
 
 
 @split.infers
-def _(x: TensorType, *, sizes: tuple[int, ...]) -> tuple[TensorType, ...]:
+def _(x: TensorType, *, sizes: tuple[int, ...], parts: int) -> tuple[TensorType, ...]:
     """How many results there are is an attribute, which letters cannot say."""
     last = x.dims[-1] if x.dims else Dim(0)
-    if last.axes or last.order:
+    if parts == 1 and (last.axes or last.order):
         raise PlacementError(f"split: x is {x}; role whole must see the last dim whole")
     if sum(sizes) != last.size or not sizes or min(sizes) < 1:
         raise TypeMismatch(f"split: sizes {sizes} add up to {sum(sizes)}, must add up to {last.size}")
-    return tuple(x.with_dim(len(x.dims) - 1, Dim(n)) for n in sizes)
+    finer = [(n,) for n in sizes] if parts == 1 else _within(last, sizes, parts)
+    made = [Dim(n, last.axes, in_sections(parts, within)) for n, within in zip(sizes, finer, strict=True)]
+    return tuple(x.with_dim(len(x.dims) - 1, d) for d in made)
+
+
+def _within(dim: Dim, sizes: tuple[int, ...], parts: int) -> list[tuple[int, ...]]:
+    """The sections that a dim in order sections(parts,...) has within each of `sizes`."""
+    order = parse_order(dim.order)
+    if not isinstance(order, Sections) or order.parts != parts:
+        raise PlacementError(f"split: the last dim of x is {dim}; with parts={parts} it must be in order sections({parts},...)")
+    found, waiting = list[tuple[int, ...]](), [*order.sizes]
+    for size in sizes:
+        inside = list[int]()
+        while waiting and sum(inside) < size:
+            inside.append(waiting.pop(0))
+        if sum(inside) != size:
+            raise PlacementError(f"split: sizes {sizes} must each be one or more of the sections of {dim}")
+        found.append(tuple(inside))
+    return found
+
+
+def in_sections(parts: int, sizes: Sequence[int]) -> str:
+    """The order of sections of which every rank of `parts` has a share; one section alone is in the natural order."""
+    return str(Sections(parts, tuple(sizes))) if len(sizes) > 1 and parts > 1 else ""
 
 
 @split.samples
 def _(sample: Any) -> list[Any]:
     return [sample.randn(2, 3, 7), {"sizes": (2, 4, 1)}]
+
+
+@op("a[... m], b[... n] -> y[... m]", map="...", whole="m n", row=True, linear="a b")
+def join(a: Tensor, b: Tensor, *, order: str) -> Tensor:
+    """a and b in one last dim in order sections(n,...): every rank's share of b behind its share of a"""
+    made = _sections(order)
+    b, width = b.to(a.dtype), a.shape[-1] + b.shape[-1]
+    if width * made.parts == sum(made.sizes) and made.parts > 1:  # one rank's
+        return torch.cat([a, b], -1)
+    if width != sum(made.sizes):
+        raise TypeMismatch(f"join: {width} columns are neither all nor one rank's of {order}")
+    return torch.cat([x.unflatten(-1, (made.parts, -1)) for x in (a, b)], -1).flatten(-2)
+
+
+def _sections(order: str) -> Sections:
+    made = parse_order(order)
+    if not isinstance(made, Sections):
+        raise TypeMismatch(f"join: order is {order or 'natural'!r}, must be sections(n,a,b,...)")
+    return made
+
+
+@join.infers
+def _(a: TensorType, b: TensorType, *, order: str) -> TensorType:
+    """The order is an attribute, which letters cannot say."""
+    wanted = _sections(order)
+    if not a.dims or not b.dims:
+        raise TypeMismatch(f"join: a is {a}, b is {b}; both must have a last dim")
+    m, n = a.dims[-1], b.dims[-1]
+    inside = [(n.size,) if not n.order else _sections(n.order).sizes for n in (m, n)] if _joinable(m, n, wanted.parts) else None
+    if inside is None or m.axes != n.axes:
+        raise PlacementError(
+            f"join: the last dims are {m} and {n}; they must be split alike, natural or in the parts of {order}"
+        )
+    if (*inside[0], *inside[1]) != wanted.sizes:
+        raise TypeMismatch(f"join: sections {(*inside[0], *inside[1])} do not make up {order}")
+    bare = [x.with_dim(len(x.dims) - 1, Dim(x.dims[-1].size)) for x in (a, b)]
+    made = join.result_types(*join.placed(bare, {}))[0]
+    return made.with_dim(len(a.dims) - 1, Dim(sum(wanted.sizes), m.axes, order))
+
+
+def _joinable(m: Dim, n: Dim, parts: int) -> bool:
+    """Whether the last dims are natural, or in sections of as many parts."""
+    orders = [parse_order(d.order) for d in (m, n)]
+    return all(o is None or (isinstance(o, Sections) and o.parts == parts) for o in orders)
+
+
+@join.samples
+def _(sample: Any) -> list[Any]:
+    return [sample.randn(2, 3, 4), sample.randn(2, 3, 6), {"order": "sections(2,4,6)"}]
 
 
 @op("a[... m], b[... n] -> y[... m]", map="...", whole="m n", row=True, linear="a b")
@@ -156,12 +234,26 @@ put_last.vjp("d_w = last_token(d_y)")
 
 @split.vjp
 def _(types: Mapping[str, TensorType | None], attrs: Mapping[str, Any]) -> str:
-    """There are as many cotangents as sections."""
-    count = len(attrs["sizes"])
-    joined = "d_y0" if count > 1 else "d_y"
+    """There are as many cotangents as sections, put together from the first on."""
+    count, parts = len(attrs["sizes"]), attrs["parts"]
+    joined, inside = ("d_y0" if count > 1 else "d_y"), list[int]()
+    finer = _within(_last(types["x"]), attrs["sizes"], parts) if parts > 1 else []
     for i in range(1, count):
-        joined = f"concat({joined}, d_y{i})"
+        inside += (*(finer[0] if i == 1 else ()), *finer[i]) if parts > 1 else ()
+        joined = f"join({joined}, d_y{i}, order='{in_sections(parts, inside)}')" if parts > 1 else f"concat({joined}, d_y{i})"
     return f"d_x = {joined}"
+
+
+def _last(type_: TensorType | None) -> Dim:
+    assert type_ is not None
+    return type_.dims[-1]
+
+
+@join.vjp
+def _(types: Mapping[str, TensorType | None], attrs: Mapping[str, Any]) -> str:
+    """The sections are as long as the operands."""
+    parts = _sections(attrs["order"]).parts
+    return f"d_a, d_b = split(d_y, sizes=({_last(types['a']).size}, {_last(types['b']).size}), parts={parts})"
 
 
 @concat.vjp

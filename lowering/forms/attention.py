@@ -102,12 +102,13 @@ def _forward(
     how = _masking(q, k, cu, at, causal, window, softcap, scale)
     if q.shape[1] == 1 and cu is None and not softcap and k.shape[-1] == v.shape[-1] and q.device.type == "cpu":
         return _decode(q, k, v, sinks, how)
-    queries, keys, values = _by_group(q, k.shape[2]), _keys(k), _keys(v)
+    queries, keys, values = by_group(q, k.shape[2]), by_key(k), by_key(v)
     extra = None if sinks is None else _sinks(sinks, len(keys), queries.shape[1])
     o, lse = values.new_zeros(*queries.shape[:3], v.shape[-1]), queries.new_zeros(queries.shape[:3])
     for block in _blocks(queries, keys, how):
-        o[block.heads, :, block.queries], lse[block.heads, :, block.queries] = _block(queries, keys, values, extra, block, how)
-    return _from_group(o, q.shape[0]).to(q.dtype), lse
+        where = (block.heads, slice(None), block.queries)
+        o[where], lse[where] = attend_block(queries, keys, values, extra, block, how)
+    return from_group(o, q.shape[0]).to(q.dtype), lse
 
 
 def _decode(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, how: Masking) -> tuple[Tensor, Tensor]:
@@ -122,10 +123,10 @@ def _decode(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, how: Masking)
         extra = _sinks(sinks, len(lse), lse.shape[1])[..., 0]
         o = (_wide(o) * torch.sigmoid(lse - extra)[..., None]).to(q.dtype)
         lse = torch.logaddexp(lse, extra)
-    return _from_group(o, q.shape[0]), lse.contiguous()
+    return from_group(o, q.shape[0]), lse.contiguous()
 
 
-def _block(
+def attend_block(
     queries: Tensor, keys: Tensor, values: Tensor, extra: Tensor | None, block: Block, how: Masking
 ) -> tuple[Tensor, Tensor]:
     logits = _logits(queries, keys, block, how)
@@ -162,20 +163,20 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     how = _masking(q, k, cu, at, causal, window, softcap, scale)
     g, b = k.shape[2], q.shape[0]
-    queries, keys, values, grads = _by_group(q, g), _keys(k), _keys(v), _by_group(do, g)
-    delta = (grads * _by_group(o, g)).sum(-1, keepdim=True)
+    queries, keys, values, grads = by_group(q, g), by_key(k), by_key(v), by_group(do, g)
+    delta = (grads * by_group(o, g)).sum(-1, keepdim=True)
     dq, dk, dv = torch.zeros_like(queries), torch.zeros_like(keys), torch.zeros_like(values)
     for block in _blocks(queries, keys, how):
-        _block_backward((queries, keys, values), (dq, dk, dv), grads, delta, lse, block, how)
+        attend_block_backward((queries, keys, values), (dq, dk, dv), grads, delta, lse, block, how)
     if sinks is None:
         dsinks = q.new_zeros(q.shape[2])
     else:
         share = torch.exp(_sinks(sinks, len(keys), queries.shape[1]) - lse[..., None])
         dsinks = -(share * delta).reshape(b, g, -1, q.shape[1]).sum((0, 3)).reshape(-1).to(sinks.dtype)
-    return _from_group(dq, b).to(q.dtype), _from_keys(dk, b).to(k.dtype), _from_keys(dv, b).to(v.dtype), dsinks
+    return from_group(dq, b).to(q.dtype), from_keys(dk, b).to(k.dtype), from_keys(dv, b).to(v.dtype), dsinks
 
 
-def _block_backward(
+def attend_block_backward(
     operands: tuple[Tensor, Tensor, Tensor],
     grads: tuple[Tensor, Tensor, Tensor],
     do: Tensor,
@@ -265,22 +266,22 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _by_group(q: Tensor, g: int) -> Tensor:
+def by_group(q: Tensor, g: int) -> Tensor:
     """[b t (g r) d] -> [b*g, r, t, d]"""
     return _wide(q).unflatten(2, (g, -1)).permute(0, 2, 3, 1, 4).flatten(0, 1).contiguous()
 
 
-def _from_group(q: Tensor, b: int) -> Tensor:
+def from_group(q: Tensor, b: int) -> Tensor:
     """[b*g, r, t, d] -> [b t (g r) d]"""
     return q.unflatten(0, (b, -1)).permute(0, 3, 1, 2, 4).flatten(2, 3).contiguous()
 
 
-def _keys(k: Tensor) -> Tensor:
+def by_key(k: Tensor) -> Tensor:
     """[b s g d] -> [b*g, s, d]"""
     return _wide(k).transpose(1, 2).flatten(0, 1).contiguous()
 
 
-def _from_keys(k: Tensor, b: int) -> Tensor:
+def from_keys(k: Tensor, b: int) -> Tensor:
     """[b*g, s, d] -> [b s g d]"""
     return k.unflatten(0, (b, -1)).transpose(1, 2).contiguous()
 

@@ -163,7 +163,7 @@ def saved_shapes(x: Operands) -> tuple[tuple[int, ...], tuple[int, ...], tuple[i
     return (inner, lanes, CHUNK, width), (inner, lanes, CHUNK, CHUNK), (count, lanes, x.k.shape[3], width)
 
 
-def _inference_chunk(x: Operands) -> int:
+def inference_chunk(x: Operands) -> int:
     """Rows of a chunk when no backward follows: per-head decay is cheapest at half size, and a short call need not fill one."""
     most = CHUNK if x.by_channel or x.cu is not None else CHUNK // 2
     return min(most, max(16, 1 << max(x.v.shape[1] - 1, 0).bit_length()))
@@ -171,11 +171,11 @@ def _inference_chunk(x: Operands) -> int:
 
 def forward(x: Operands, *, keep: bool) -> tuple[Tensor, Tensor, Saved | None]:
     """o[b t h v], final state[n h k v] and, if kept, what backward needs."""
-    chunks = chunks_of(x, CHUNK if keep else _inference_chunk(x))
+    chunks = chunks_of(x, CHUNK if keep else inference_chunk(x))
     gates = gates_of(x, chunks)
     shape = (x.states, x.v.shape[2], x.k.shape[3], x.v.shape[3])
     final = x.v.new_zeros(shape, dtype=x.dtype) if x.state is None else x.state.to(x.dtype, copy=True).contiguous()
-    saved = _room(x, chunks) if keep else None
+    saved = room(x, chunks) if keep else None
     lane = (chunks.lanes, *shape[2:])
     slots = saved.states.unbind(0) if saved else (x.v.new_empty(lane, dtype=x.dtype),)
     walk = Walk(slots, chunks.begins(), chunks.ends(), final.view(len(final) * shape[1] // max(chunks.lanes, 1), *lane))
@@ -186,7 +186,7 @@ def forward(x: Operands, *, keep: bool) -> tuple[Tensor, Tensor, Saved | None]:
     return o, final, saved
 
 
-def _room(x: Operands, chunks: Chunks) -> Saved:
+def room(x: Operands, chunks: Chunks) -> Saved:
     """Tensors for what backward needs; what no chunk fills is zero, so that equal calls give equal results."""
     room = [x.v.new_empty(s, dtype=x.dtype) for s in saved_shapes(x)]
     for tensor in room:
