@@ -103,6 +103,8 @@ def compile_command(
         typer.Option(help="Lowered for cpu, cuda, interpreter or reference; code with --emit=ttgir, ptx: sm_90,gfx942."),
     ] = None,
     require: Require = "",
+    mesh: Annotated[str, typer.Option(help="Split the program over a mesh first: cp=4,tp=2.")] = "",
+    place: Annotated[str, typer.Option(help="Options of the pass that does it: 'attention=ring recurrence=chain'.")] = "",
     verify: VerifyOption = Verify.OFF,
     seq: Annotated[int, typer.Option(min=1, help="Tokens that the report counts traffic and FLOPs for.")] = 4096,
     remarks: Annotated[bool, typer.Option("--remarks", help="Tell what every pass did, and what it did not and why.")] = False,
@@ -114,6 +116,7 @@ def compile_command(
     with timed("read", laps):
         source = read_source(spec, task=task.value, dtype=dtype.value if dtype else "", packed=packed)
     watch = Watch(timing=timing, remarks=ALL * remarks)
+    pipeline = with_mesh(pipeline, mesh, place, source)
     job = Job(source, emit, pipeline, tuple(target or ()), names(require), verify.value, seq, watch)
     made = run(job, laps)
     if timing:
@@ -121,6 +124,19 @@ def compile_command(
     if as_json:
         return write_json({"emit": emit.value, **made.facts, "passes": [described(e) for e in made.events]}, output)
     show(made.tables, output) if made.tables else write_out(made.text, output)
+
+
+def with_mesh(pipeline: str | None, mesh: str, options: str, source: Source) -> str | None:
+    """The pipeline behind the stages that split a program over a mesh."""
+    if not mesh:
+        if options:
+            raise problem(f"--place is {options!r}, but there is no mesh; give one, such as --mesh cp=2")
+        return pipeline
+    from plait.frontends import ways_of
+    from plait.passes import DEFAULT, placement
+
+    ways = ways_of(source.spec) if source.spec else ""
+    return ",".join(x for x in (placement(mesh, options, ways), DEFAULT if pipeline is None else pipeline) if x)
 
 
 @dataclass(frozen=True)

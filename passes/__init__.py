@@ -1,18 +1,27 @@
 """Passes: graphs to better graphs."""
 
+from .balance import balance, imbalance
+from .batch import split_batch
 from .cache import State, cache_states, with_cache
 from .cleanup import canonicalize, cse, dce, simplify
 from .differentiate import differentiate
+from .exchanges import hoist_exchanges
+from .experts import split_experts
 from .fuse import fuse
 from .manager import Event, PassFailed, Pipeline, read_reproducer
+from .merge import merge_exchanges
 from .outline import Region, convex, inline, inline_kernels, outline, outline_all, region
-from .place import place
+from .overlap import overlap
+from .place import place, placement
 from .recompute import recompute
 from .registry import NUMERICS, PASSES, Option, Pass, register
 from .remarks import Remark
+from .reorders import move_reorders
 from .residual import carry_residual
 from .rewrite import Rule, rewrite
 from .rows import outline_rows
+from .stored import fold_orders
+from .tensor import split_features
 from .validate import Report, validate
 from .verify import check_types
 
@@ -20,7 +29,9 @@ DEFAULT = "canonicalize,carry-residual,fuse,outline-rows,dce"
 
 __all__ = [
     "DEFAULT", "NUMERICS", "PASSES", "Event", "Option", "Pass", "PassFailed", "Pipeline", "Region", "Remark", "Report",
-    "Rule", "State", "cache_states", "canonicalize", "carry_residual", "check_types", "convex", "cse", "dce", "differentiate",
-    "fuse", "inline", "inline_kernels", "outline", "outline_all", "outline_rows", "place", "read_reproducer", "recompute",
-    "region", "register", "rewrite", "simplify", "validate", "with_cache",
+    "Rule", "State", "balance", "cache_states", "canonicalize", "carry_residual", "check_types", "convex", "cse", "dce",
+    "differentiate", "fold_orders", "fuse", "hoist_exchanges", "imbalance", "inline", "inline_kernels", "merge_exchanges",
+    "move_reorders", "outline", "outline_all", "outline_rows", "overlap", "place", "placement", "read_reproducer", "recompute",
+    "region", "register", "rewrite", "simplify", "split_batch", "split_experts", "split_features", "validate",
+    "with_cache",
 ]  # fmt: skip

@@ -101,7 +101,7 @@ def communicates(node: Node) -> bool:
     """Whether ranks talk in it, so that its order among its like must not change."""
     if node.callee is not None:
         return _has_collective(node.callee)
-    return node.op in ops.COLLECTIVES
+    return node.op in (*ops.COLLECTIVES, *ops.UNDER_WAY) or bool(node.attrs.get("over"))
 
 
 @lru_cache(maxsize=1024)

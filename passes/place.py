@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
-from ..ir import Graph, Mesh, PassError, PlacementError, TensorType, Value, parse_mesh
+from ..ir import Graph, Mesh, PassError, PlacementError, TensorType, Value, mesh_text, parse_mesh
 from .batch import batches
 from .experts import experts
 from .machine import Machine, load_machine
@@ -138,3 +139,21 @@ def _inputs(graph: Graph, split: Split) -> list[TensorType]:
         raise PlacementError(f"{graph.name}: {lead.name} is {lead.type}; {why}")
     shape = lead.type.shape[:2]
     return [split.tokens(v.type, 1) if v.type.shape[:2] == shape else v.type for v in graph.inputs]
+
+
+def placement(mesh: str, options: str = "", ways: str = "") -> str:
+    """The stages that split a program over a mesh, as a pipeline says them: placed, then as few exchanges as can be.
+
+    `options` are those of `place`; `ways` are a spec's own, which those in `options` come after.
+    """
+    axes = parse_mesh(mesh)
+    _known(axes)
+    told = re.search(r"\bways=(?:'([^']*)'|(\S+))", options)
+    forced = " ".join(x for x in (ways, (told[1] or told[2]) if told else "") if x)
+    rest = options.replace(told[0], "") if told else options
+    quoted = mesh_text(axes).replace(",", " ")
+    given = " ".join([f"mesh='{quoted}'", *rest.split(), *([f"ways='{forced}'"] if forced else [])])
+    stages = [f"place{{{given}}}"]
+    if "cp" in axes:
+        stages += ["hoist-exchanges", f"merge-exchanges{{mesh='{quoted}'}}", "fold-orders"]
+    return ",".join(stages)

@@ -15,7 +15,7 @@ from .verify import reached
 
 Tensor = torch.Tensor
 BATCH, TOKENS, OTHERS = 2, 7, (3, 9, 5, 11, 13)
-PASSED_ON = (*ops.COLLECTIVES, ops.reorder)
+PASSED_ON = (*ops.COLLECTIVES, *ops.UNDER_WAY, ops.reorder)
 
 
 @dataclass(frozen=True)

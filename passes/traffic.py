@@ -10,7 +10,7 @@ from typing import TypeVar
 from ..ir import Dim, Graph, Mesh, Node, OpDef, PassError, TensorType, ops
 from ..ir.sizes import symbols, value
 
-MOVING = tuple(op for op in ops.COLLECTIVES if op is not ops.shard)
+MOVING = (*(op for op in ops.COLLECTIVES if op is not ops.shard), ops.begin_all_to_all)
 
 
 @dataclass(frozen=True)
