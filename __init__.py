@@ -6,17 +6,18 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from plait.api import compile, load, program
+    from plait.api import compile, load, program, shard_batch
     from plait.frontends import ModelSpec, load_spec
     from plait.ir import Graph, Mesh, PlaitError, evaluate, parse, simulate, trace
     from plait.runtime import CompiledModel
+    from plait.runtime.mesh import close, init
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's threads spin on small tiles; torch's do the work here
 
 __version__ = "0.1.0"
 __all__ = [
-    "CompiledModel", "Graph", "Mesh", "ModelSpec", "PlaitError", "compile", "evaluate", "load", "load_spec", "parse", "program",
-    "simulate", "trace",
+    "CompiledModel", "Graph", "Mesh", "ModelSpec", "PlaitError", "close", "compile", "evaluate", "init", "load", "load_spec",
+    "parse", "program", "shard_batch", "simulate", "trace",
 ]  # fmt: skip
 
 
@@ -25,6 +26,8 @@ def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'plait' has no attribute {name!r}")
     from plait import api, frontends, ir, runtime
+    from plait.runtime import mesh
 
-    homes = dict.fromkeys(("compile", "load", "program"), api) | dict.fromkeys(("ModelSpec", "load_spec"), frontends)
+    homes = dict.fromkeys(("compile", "load", "program", "shard_batch"), api)
+    homes |= dict.fromkeys(("ModelSpec", "load_spec"), frontends) | dict.fromkeys(("close", "init"), mesh)
     return getattr({**homes, "CompiledModel": runtime}.get(name, ir), name)

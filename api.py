@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from plait.frontends import ModelSpec, build, dump_spec, load_spec
-from plait.ir import CheckpointError, Graph, PlaitError
-from plait.lowering import lower
+from plait.ir import CheckpointError, Graph, PlaitError, mesh_text, parse_mesh
+from plait.lowering import Program, lower
 from plait.passes import DEFAULT, Pipeline
 from plait.runtime import CompiledModel, Variant, read_metadata
+from plait.runtime.layout import layout_of
+from plait.runtime.mesh import here, together, within
+from plait.runtime.placed import Batch, PlacedModel
 
 Spec = ModelSpec | str | Path | Mapping[str, Any]
 MODES = ("train", "infer")
@@ -37,6 +42,8 @@ def compile(
     passes: str = DEFAULT,
     seed: int = 0,
     jit: bool = True,
+    mesh: str = "",
+    place: str = "",
 ) -> CompiledModel:
     """Compile a spec to a module: `model(tokens) -> logits`, `model.loss(tokens, labels)`, `model.generate(tokens, n)`.
 
@@ -47,20 +54,73 @@ def compile(
     dtype is that of the weights (the spec's own when empty); mode "infer" turns gradients and dropout off; `passes` is the
     pipeline's text; without `jit` every layer runs eagerly. Raises PlaitError for a spec, target, dtype or pipeline that
     cannot be.
+
+    `mesh`, such as "cp=2", splits the model over processes that have joined a mesh with these axes (`plait.init`); `place` are
+    the options of the pass that does it, such as "attention=ring". Every process calls the model, with the same batch.
     """
-    if mode not in MODES:
-        raise PlaitError(f"mode is {mode!r}, must be one of {', '.join(MODES)}")
-    if dtype and dtype not in ("f64", "f32", "bf16", "f16"):
-        raise PlaitError(f"dtype is {dtype!r}, must be one of f64, f32, bf16, f16")
-    known, pipeline = as_spec(spec), Pipeline.parse(passes)
-
-    def make(variant: Variant):
-        graph = program(known, task=variant.task, dtype=dtype, packed=variant.packed, training=variant.training)
-        return lower(pipeline.run(graph), target=target)
-
-    graph, device = build(known, dtype=dtype), "cuda" if target == "cuda" and torch.cuda.is_available() else "cpu"
-    model = CompiledModel(graph, make, description=dump_spec(known), compiled=jit, seed=seed, device=device)
+    wish = Wish(target, dtype, mode, passes, mesh, place)
+    with together(here()) if mesh else nullcontext():
+        known, make, graph = _prepared(spec, wish)
+    device = "cuda" if target == "cuda" and torch.cuda.is_available() else "cpu"
+    options: dict[str, Any] = {"description": dump_spec(known), "compiled": jit, "seed": seed, "device": device}
+    if mesh:
+        with together(here(), {"spec": dump_spec(known), "seed": str(seed), **asdict(wish)}):
+            layout = layout_of(_placed(graph, wish), here(), within(here(), parse_mesh(mesh)))
+        model = PlacedModel(graph, make, layout, **options)
+    else:
+        model = CompiledModel(graph, make, **options)
     return model if mode == "train" else model.eval().requires_grad_(False)
+
+
+@dataclass(frozen=True)
+class Wish:
+    """How a spec is to be compiled."""
+
+    target: str
+    dtype: str
+    mode: str
+    passes: str
+    mesh: str
+    place: str
+
+
+def _prepared(spec: Spec, wish: Wish) -> tuple[ModelSpec, Callable[[Variant], Program], Graph]:
+    """The spec, what makes its programs, and the program before any pass."""
+    if wish.mode not in MODES:
+        raise PlaitError(f"mode is {wish.mode!r}, must be one of {', '.join(MODES)}")
+    if wish.dtype and wish.dtype not in ("f64", "f32", "bf16", "f16"):
+        raise PlaitError(f"dtype is {wish.dtype!r}, must be one of f64, f32, bf16, f16")
+    if wish.place and not wish.mesh:
+        raise PlaitError(f"place is {wish.place!r}, but no mesh is given; give one, such as mesh='cp=2'")
+    known, first = as_spec(spec), place_text(wish.mesh, wish.place)
+    pipeline = Pipeline.parse(",".join(text for text in (first, wish.passes) if text.strip()))
+
+    def make(variant: Variant) -> Program:
+        graph = program(known, task=variant.task, dtype=wish.dtype, packed=variant.packed, training=variant.training)
+        return lower(pipeline.run(graph), target=wish.target, mesh=parse_mesh(wish.mesh) if wish.mesh else None)
+
+    return known, make, build(known, dtype=wish.dtype)
+
+
+def _placed(graph: Graph, wish: Wish) -> Graph:
+    return Pipeline.parse(place_text(wish.mesh, wish.place)).run(graph)
+
+
+def place_text(mesh: str, options: str) -> str:
+    """The stage that splits a program over a mesh; empty where there is none."""
+    return f"place{{mesh='{mesh_text(parse_mesh(mesh))}' {options}}}" if mesh else ""
+
+
+def shard_batch(
+    model: CompiledModel, tokens: torch.Tensor, labels: torch.Tensor | None = None, cu: torch.Tensor | None = None
+) -> Batch:
+    """This rank's part of a batch that every rank has whole, to be given as `model.loss(*batch, local=True)`.
+
+    Tokens are split and put in order as the model's program wants them; without labels each token's next one is it.
+    """
+    if not isinstance(model, PlacedModel):
+        raise PlaitError("shard_batch: the model runs in one process, which takes the whole batch; compile it with mesh='cp=2'")
+    return model.shard(tokens, labels, cu)
 
 
 def load(path: str | Path, **options: Any) -> CompiledModel:

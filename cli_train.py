@@ -8,8 +8,10 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from enum import StrEnum
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,7 +22,7 @@ from plait.cli_progress import training_bar
 if TYPE_CHECKING:
     from plait.frontends import ModelSpec
     from plait.runtime import CompiledModel
-    from plait.runtime.train import History, Options
+    from plait.runtime.train import History, Options, Progress
 
 DECODED = 32  # steps in one sample of decoding
 
@@ -59,24 +61,52 @@ def train_command(
     dtype: Annotated[Arithmetic | None, typer.Option(help="Arithmetic, f32 or bf16; weights stay f32.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Of weights and batches; 0.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run's last checkpoint, with its options.")] = False,
+    mesh: Annotated[str, typer.Option(help="Axes and ranks, cp=2 or dp=2, under `torchrun --nproc-per-node 2 -m plait`.")] = "",
+    place: Annotated[str, typer.Option(help="Options of the pass place, such as 'attention=heads'.")] = "",
     eager: Eager = False,
     as_json: Json = False,
 ) -> None:
-    """Train a byte model on text. Ctrl-C keeps a checkpoint; --resume continues it bit for bit."""
+    """Train a byte model on text. Ctrl-C keeps a checkpoint; --resume continues it bit for bit, on any mesh."""
     from plait.runtime.train import train
 
+    leads = _joined(mesh)
     known = byte_spec(spec, bytes_each=16)
     folder = run or Path(f"{known.name}-run")
     given = {"steps": steps, "minutes": minutes, "batch": batch, "length": length, "lr": lr, "seed": seed}
     given |= {"autocast": dtype is Arithmetic.BF16 if dtype else None}
     options = merged(folder, resume, {k: v for k, v in given.items() if v is not None})
-    model, data, counts = _prepared(known, text, options, eager)
-    with training_bar() as progress:
+    model, data, counts = _prepared(known, text, options, {"jit": not eager, "mesh": mesh, "place": place}, leads)
+    with training_bar() if leads else nullcontext(_silent) as progress:
         history = train(model, data, options, run=folder, resume=resume, progress=progress)
-    _tell(known.name, model, history, counts, folder, as_json)
-    if history.interrupted:
+    if leads:
+        _tell(known.name, model, history, counts, folder, as_json)
+    _left(mesh)
+    if history.interrupted and leads:
         note(f"plait: interrupted at step {history.step}; continue with --resume --run {folder}")
+    if history.interrupted:
         raise typer.Exit(130)
+
+
+def _joined(mesh: str) -> bool:
+    """Join the other processes of a mesh; whether this one speaks for all."""
+    from plait.runtime.mesh import init, is_launched
+
+    if mesh:
+        return init(mesh).rank == 0
+    if is_launched():
+        raise problem("several processes were started, but no --mesh says what they share; give one, such as --mesh cp=2")
+    return True
+
+
+def _silent(progress: Progress) -> None:
+    """One process speaks for all."""
+
+
+def _left(mesh: str) -> None:
+    from plait.runtime.mesh import close
+
+    if mesh:
+        close()
 
 
 def merged(folder: Path, resume: bool, given: Mapping[str, Any]) -> Options:
@@ -89,17 +119,25 @@ def merged(folder: Path, resume: bool, given: Mapping[str, Any]) -> Options:
     return replace(base, **{**free, **given})
 
 
-def _prepared(spec: ModelSpec, path: Path, options: Options, eager: bool) -> tuple[CompiledModel, Any, Any]:
+def _prepared(
+    spec: ModelSpec, path: Path, options: Options, how: Mapping[str, Any], leads: bool
+) -> tuple[CompiledModel, Any, Any]:
     """The model, the text in two parts, and what counting alone achieves on it."""
     from plait.api import compile
     from plait.runtime.data import bigram_entropy, check_length, read_bytes, split
 
     data = split(read_bytes(path))
     check_length(data, options.length)
-    model = compile(spec, dtype="f32", jit=not eager, seed=options.seed)
-    total, trained, held = sum(p.numel() for p in model.parameters()), len(data.train), len(data.valid)
-    note(f"{spec.name}: {count(total)} parameters; {count(trained)} bytes to train on, {count(held)} held back")
+    model = compile(spec, dtype="f32", seed=options.seed, **how)
+    trained, held = len(data.train), len(data.valid)
+    if leads:
+        note(f"{spec.name}: {count(_size(model))} parameters; {count(trained)} bytes to train on, {count(held)} held back")
     return model, data, bigram_entropy(data.train, data.valid)
+
+
+def _size(model: CompiledModel) -> int:
+    """Parameters of the whole model."""
+    return sum(prod(shape) for shape in model.shapes.values())
 
 
 def _tell(name: str, model: CompiledModel, history: History, counts: Any, folder: Path, as_json: bool) -> None:
@@ -111,7 +149,7 @@ def _tell(name: str, model: CompiledModel, history: History, counts: Any, folder
         note(f"validation {history.valid:.3f} nats per byte; counted: pairs {counts.bigram:.3f}, bytes {counts.unigram:.3f}")
         return note(f"{history.step} steps in {history.seconds:.0f} s; weights in {checkpoint}")
     write_json({
-        "spec": name, "parameters": sum(p.numel() for p in model.parameters()), "steps": history.step,
+        "spec": name, "parameters": _size(model), "steps": history.step,
         "seconds": history.seconds, "train": history.points[-1].loss, "validation": history.valid, "bigram": counts.bigram,
         "unigram": counts.unigram, "interrupted": history.interrupted, "run": str(folder), "checkpoint": str(checkpoint),
     })  # fmt: skip

@@ -7,16 +7,20 @@ import operator
 import torch
 from torch import fx
 
-from ..ir import Graph, Node, PlaitError, Value, parameters
+from ..ir import Graph, Mesh, Node, PlaitError, Value, parameters
+from .local import local_kernel
 from .program import Choice, Program, fingerprint
 from .reshape import view_steps
 from .rows import Declined
-from .table import TARGETS, choose
+from .table import TARGETS, choose, standing
 from .triton_ops import KernelOp, backward_declined, kernel_op
 
 
-def lower(graph: Graph, *, target: str = "cpu") -> Program:
-    """One fx module per distinct layer, and an entry over them. Raises PlaitError for a target nobody knows."""
+def lower(graph: Graph, *, target: str = "cpu", mesh: Mesh | None = None) -> Program:
+    """One fx module per distinct layer, and an entry over them. Raises PlaitError for a target nobody knows.
+
+    Of a placed program it is what one rank of the mesh runs; its collectives meet the other ranks.
+    """
     if target not in TARGETS:
         raise PlaitError(f"no target called {target!r}; there are {', '.join(TARGETS)}")
     choices = list[Choice]()
@@ -24,8 +28,8 @@ def lower(graph: Graph, *, target: str = "cpu") -> Program:
     names = dict[Graph, str]()
     for layer in graph.layers:
         name = names[layer] = f"layer{len(layers)}"
-        layers[name] = _Emitter(layer, target, choices).module()
-    entry = _Emitter(graph, target, choices, layers, names)
+        layers[name] = _Emitter(layer, target, choices, mesh=mesh).module()
+    entry = _Emitter(graph, target, choices, layers, names, mesh)
     return Program(graph, target, entry.module(), layers, tuple(parameters(graph)), tuple(choices), fingerprint())
 
 
@@ -37,8 +41,9 @@ class _Emitter:
 
     def __init__(
         self, graph: Graph, target: str, choices: list[Choice], layers: dict[str, fx.GraphModule] | None = None,
-        names: dict[Graph, str] | None = None,
+        names: dict[Graph, str] | None = None, mesh: Mesh | None = None,
     ) -> None:  # fmt: skip
+        self.mesh = mesh
         self.graph, self.target, self.choices, self.layers, self.names = graph, target, choices, layers or {}, names or {}
         self.root, self.fx = torch.nn.Module(), fx.Graph()
         self.env: dict[Value, fx.Node] = {}
@@ -66,7 +71,7 @@ class _Emitter:
             while args and args[-1] is None:
                 args.pop()
             attrs = {k: v for k, v in node.attrs.items() if v != node.op.attrs[k]}
-            return self.fx.call_function(run, tuple(args), attrs)
+            return self.fx.call_function(run, tuple(args), attrs | standing(node))
         if node.op.role == "layer":
             args += [self.params[f"{node.attrs['params']}.{name}"] for name in parameters(node.op)]
             return self.fx.call_module(self.names[node.op], tuple(args))
@@ -88,7 +93,7 @@ class _Emitter:
     def _row_kernel(self, kernel: Graph, loc: str) -> fx.GraphModule | None:
         """The kernel as one op; None, with the reason among the choices, where its ops run one by one."""
         try:
-            made = kernel_op(kernel, interpreted=self.target == "interpreter")
+            made = kernel_op(local_kernel(kernel, self.mesh), interpreted=self.target == "interpreter")
         except Declined as declined:
             self.choices.append(Choice(self.graph.name, kernel.name, loc, "op by op", f"no row kernel: {declined}"))
             return None

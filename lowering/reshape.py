@@ -9,7 +9,7 @@ Step = tuple[str, tuple[int | tuple[int, ...], ...]]
 
 
 def view_steps(node: Node) -> list[Step]:
-    """Methods and arguments that turn the operand of a `reshape` node into its result."""
+    """Methods and arguments that turn the operand of a `reshape` node into its result; of a split dim, a rank has a part."""
     value = node.inputs[0]
     assert value is not None
     return _steps(value.type, str(node.attrs["pattern"]))
@@ -20,9 +20,9 @@ def _steps(type_: TensorType, pattern: str) -> list[Step]:
     known = {x: int(x.split("=")[1]) for a in (*left, *right) for x in a.letters if "=" in x}
     bound = bind("reshape", [Operand("x", left)], [type_], known)
     steps, at, flat = list[Step](), 0, list[str]()
-    for axis in spread(left, bound.rest):
+    for axis, dim in zip(spread(left, bound.rest), type_.dims, strict=True):
         if len(axis.letters) > 1:
-            sizes = [bound.size[x] for x in axis.letters]
+            sizes = [-1 if dim.axes else bound.size[axis.letters[0]], *(bound.size[x] for x in axis.letters[1:])]
             steps.append(("unflatten", (at, tuple(n if isinstance(n, int) else -1 for n in sizes))))
         at, flat = at + len(axis.letters), flat + list(axis.letters)
     steps += [("squeeze", (i,)) for i in reversed(range(len(flat))) if flat[i].endswith("=1")]

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from ..ir import OPS, Node, OpDef
 from . import forms
+from .forms.collectives import COLLECTIVE_FORMS, MOVING
+from .forms.crossing import crossing_form
+from .forms.under_way import UNDER_WAY_FORMS
 
 TARGETS = ("cpu", "reference", "cuda", "interpreter")
 
@@ -29,8 +33,12 @@ _CPU: dict[str, Form] = {
     "ssd": Form(forms.ssd, _CHUNKED),
     "gated_linear_attention": Form(forms.gated_linear_attention, _CHUNKED),
     "retention": Form(forms.retention, _CHUNKED),
+    "gated_delta_final": Form(forms.gated_delta_final, _CHUNKED),
+    "kimi_delta_final": Form(forms.kimi_delta_final, _CHUNKED),
     "causal_conv1d": Form(forms.causal_conv1d, "blocked multiply-adds, channels last, with a backward of its own"),
     "attention": Form(forms.attention, "SDPA, masks in blocks of queries"),
+    "attention_part": Form(forms.attention_part, "torch's flash kernel on runs of places, else masks in blocks of queries"),
+    "attention_part_gradients": Form(forms.attention_part_gradients, "as its forward, told the denominators of all parts"),
     "cache_write": Form(forms.cache_write, "in place: the cache that is read is dead"),
     "route": Form(forms.route, "top-k on integer keys that are unique, so that ties have one answer"),
     "dispatch": Form(forms.dispatch, "one stable sort"),
@@ -50,7 +58,16 @@ _CUDA: dict[str, Form] = {
     "conv1d_taps": Form(forms.device.conv1d_taps, _NO_HOST),
     "grouped_linear": Form(forms.device.grouped_linear, "few rows fetch their matrices, many are a GEMM per expert"),
 }
-_FORMS = {"cpu": _CPU, "reference": dict[str, Form](), "cuda": _CUDA, "interpreter": _CUDA}
+_PLACED = {
+    name: Form(run, "the ranks of a mesh axis, through torch.distributed")
+    for name, run in (COLLECTIVE_FORMS | UNDER_WAY_FORMS).items()
+}
+# What runs beside exchanges, which torch.compile does not see.
+_EAGER = {
+    "anticausal_conv1d": Form(forms.stencils.anticausal_conv1d, "a shifted product per tap"),
+    "conv1d_taps": Form(forms.stencils.conv1d_taps, "a sum per tap"),
+}
+_FORMS = {"cpu": _CPU | _PLACED, "reference": _PLACED, "cuda": _CUDA | _PLACED, "interpreter": _CUDA | _PLACED}
 
 
 def form_of(op: OpDef, target: str) -> Form | None:
@@ -66,7 +83,26 @@ def targets_of(op: OpDef) -> dict[str, Form]:
 def choose(node: Node, target: str) -> tuple[Callable[..., Any], str, str]:
     """What runs a node: the callable, its name, and why."""
     op = OPS[node.op.name]
+    if node.attrs.get("over"):
+        why = f"{node.attrs['by']} over {node.attrs['over']}, ranks' own tensors by the forms there are"
+        return _crossing(op, target), f"crossing.{op.name}", why
     form = form_of(op, target)
     if form is None:
         return op.reference, f"{op.name} (reference)", "fused with its neighbours by torch.compile"
     return form.run, f"{form.run.__module__.rpartition('.')[2]}.{op.name}", form.why
+
+
+def standing(node: Node) -> dict[str, str]:
+    """What an exchange is told besides its op's attributes: where it stands, for the day when a rank is lost."""
+    return {"at": node.loc} if node.loc and (node.is_op(*MOVING, *UNDER_WAY_FORMS) or node.attrs.get("over")) else {}
+
+
+@cache
+def _crossing(op: OpDef, target: str) -> Callable[..., Any]:
+    """An op over split tokens: what a rank does alone goes by the target's forms."""
+
+    def run(inner: OpDef, *operands: Any, **attrs: Any) -> Any:
+        form = form_of(inner, target) or (None if target == "reference" else _EAGER.get(inner.name))
+        return (form.run if form else inner.reference)(*operands, **attrs)
+
+    return crossing_form(op, run)

@@ -16,6 +16,7 @@ from ..ir.sizes import value as bound_size
 from ..lowering.program import Program
 from .capture import Decoder, recorder
 from .checkpoint import read_tensors, save_tensors
+from .layout import Layout, own_part
 from .runner import CompiledLayer, Runner
 
 Tensor = torch.Tensor
@@ -35,15 +36,18 @@ class CompiledModel(torch.nn.Module):
 
     def __init__(
         self, graph: Graph, make: Callable[[Variant], Program], *, description: str = "", compiled: bool = True, seed: int = 0,
-        device: str = "cpu",
+        device: str = "cpu", layout: Layout | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         self.graph, self.description = graph, description
+        self.layout = layout
         self._layers: dict[Graph, CompiledLayer] | None = {} if compiled else None
         self._make, self._runners = make, dict[Variant, Runner]()
         self.vocab = int(graph.params[0].type.dims[0].size)  # rows of the embedding, the first parameter
+        self.shapes = dict[str, tuple[int, ...]]()  # of the parameters, as one process has them
         for name, tensor in initial(graph, seed).items():
-            _place(self, name, torch.nn.Parameter(tensor.to(device)))
+            self.shapes[name] = tuple(tensor.shape)
+            _place(self, name, torch.nn.Parameter(own_part(layout, name, tensor).to(device)))
 
     # -- programs -------------------------------------------------------------------------
 
@@ -63,10 +67,21 @@ class CompiledModel(torch.nn.Module):
 
     # -- use ------------------------------------------------------------------------------
 
-    def forward(self, tokens: Tensor, cu: Tensor | None = None, seed: Tensor | None = None) -> Tensor:
-        """Logits [b, s, vocab] of tokens i64[b, s]; `cu` i64[n+1] are the borders of segments packed in one row."""
+    def forward(
+        self, tokens: Tensor, cu: Tensor | None = None, seed: Tensor | None = None, *, labels: Tensor | None = None
+    ) -> Tensor:
+        """Logits [b, s, vocab] of tokens i64[b, s]; `cu` i64[n+1] are the borders of segments packed in one row.
+
+        With labels it is the loss: wrappers such as DistributedDataParallel see calls of the module alone.
+        """
+        if labels is not None:
+            return self.loss(tokens, labels, cu, seed)
         tokens = self._tokens(tokens)
         return self._run(*self._call("logits", tokens, None, cu, seed))[0]
+
+    def whole_logits(self, tokens: Tensor, cu: Tensor | None = None, seed: Tensor | None = None) -> Tensor:
+        """Logits of every token, also where ranks of a mesh have parts of them."""
+        return self(tokens, cu, seed)
 
     def loss(
         self, tokens: Tensor, labels: Tensor | None = None, cu: Tensor | None = None, seed: Tensor | None = None
@@ -90,7 +105,7 @@ class CompiledModel(torch.nn.Module):
         """The variant that these arguments ask for, and its inputs in order."""
         given = [tokens, *([labels.to(tokens.device)] if labels is not None else [])]
         if cu is not None:
-            given.append(self._borders(tokens, cu))
+            given.append(self._borders(tokens.shape[0], tokens.shape[1], cu))
         variant = Variant(task, cu is not None, self.training)
         if any(v.name == "seed" for v in self.runner(variant).program.graph.inputs):
             drawn = torch.tensor(int(torch.randint(2**31, ()))) if seed is None else seed
@@ -108,13 +123,13 @@ class CompiledModel(torch.nn.Module):
                 raise DataError(f"tokens holds the token {low if low < 0 else high}; tokens are from 0 to {self.vocab - 1}")
         return tokens.to(self.device, torch.int64)
 
-    def _borders(self, tokens: Tensor, cu: Tensor) -> Tensor:
+    def _borders(self, rows: int, length: int, cu: Tensor) -> Tensor:
         cu = cu.long()
         rises = cu.dim() == 1 and cu.numel() > 1 and bool((cu.diff() >= 0).all())
-        if tokens.shape[0] != 1 or not rises or int(cu[0]) != 0 or int(cu[-1]) != tokens.shape[1]:
+        if rows != 1 or not rises or int(cu[0]) != 0 or int(cu[-1]) != length:
             must = "it must rise from 0 to the length, with a batch of one"
-            raise DataError(f"cu is {cu.tolist()} for tokens {list(tokens.shape)}; {must}")
-        return cu.to(tokens.device)
+            raise DataError(f"cu is {cu.tolist()} for tokens {[rows, length]}; {must}")
+        return cu.to(self.device)
 
     # -- generation -----------------------------------------------------------------------
 
@@ -185,6 +200,18 @@ class CompiledModel(torch.nn.Module):
         """Write the weights, with the text of the spec and their dtype, as one safetensors file."""
         dtype = next(name for name, d in DTYPES.items() if d == next(self.parameters()).dtype)
         save_tensors(path, dict(self.named_parameters()), {"format": "plait", "spec": self.description, "dtype": dtype})
+
+    def save_sharded(self, folder: Path | str) -> None:
+        """Write the weights as a new folder, each rank of a mesh its own part."""
+        from .sharded import save_sharded  # torch's checkpoints are slow to import
+
+        save_sharded(self, folder)
+
+    def load_sharded(self, folder: Path | str) -> CompiledModel:
+        """Read weights that `save_sharded` wrote, on whatever mesh."""
+        from .sharded import load_sharded
+
+        return load_sharded(self, folder)
 
     def load_from(self, other: torch.nn.Module) -> CompiledModel:
         """Take another model's weights; both must have the same parameters."""

@@ -23,7 +23,8 @@ class CompiledLayer(torch.nn.Module):
         self.module, self.fingerprint = module, fingerprint
         self.symbolic = [[i for i, d in enumerate(v.type.dims) if isinstance(d.size, str)] for v in graph.inputs]
         # The bound method: a GraphModule wraps its call in error handling that costs time and hides what went wrong.
-        self.compiled: Any = torch.compile(module.forward, fullgraph=True)
+        # An op that runs over a mesh axis is a conversation with other ranks: the code around it is compiled.
+        self.compiled: Any = torch.compile(module.forward, fullgraph=not _crosses(graph))
         self.seen = set[tuple[Any, ...]]()
 
     def forward(self, *args: Any) -> Any:
@@ -55,6 +56,10 @@ class CompiledLayer(torch.nn.Module):
         ones = tuple(args[i].shape[d] == 1 for i, dims in enumerate(self.symbolic) for d in dims)
         grad = torch.is_grad_enabled() and any(a.requires_grad for a in args)
         return (ones, args[0].dtype, args[-1].dtype, grad, torch.is_autocast_enabled(args[0].device.type))
+
+
+def _crosses(graph: Graph) -> bool:
+    return any(n.attrs.get("over") for n in graph.nodes) or any(map(_crosses, graph.callees))
 
 
 class Runner:

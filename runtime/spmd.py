@@ -15,11 +15,11 @@ from ..ir import (
     Graph,
     Mesh,
     Node,
-    OpDef,
     PlaitError,
     TensorType,
     TypeMismatch,
     Value,
+    arranged,
     gather,
     mesh_text,
     parameters,
@@ -27,8 +27,8 @@ from ..ir import (
 )  # fmt: skip
 from ..ir.interp import below
 from ..ir.sizes import value
-from ..lowering.forms.collectives import COLLECTIVE_FORMS, MOVING, all_reduce
-from ..lowering.forms.crossing import crossing_form
+from ..lowering.forms.collectives import all_reduce
+from ..lowering.table import choose, standing
 from .mesh import Place, handshake
 
 Tensor = torch.Tensor
@@ -100,16 +100,10 @@ def local(graph: Graph, inputs: Sequence[Tensor], params: Params) -> tuple[Tenso
 def _step(node: Node, args: list[Any], params: Params) -> tuple[Tensor, ...]:
     if isinstance(node.op, Graph):
         return local(node.op, args, below(params, node.attrs["params"]) if "params" in node.attrs else {})
-    if node.attrs.get("over"):
-        made = crossing_form(node.op, _reference)(*args, **node.attrs)
-        return made if isinstance(made, tuple) else (made,)
-    told = {"at": node.loc} if node.is_op(*MOVING) else {}
-    made = COLLECTIVE_FORMS.get(node.op.name, node.op.reference)(*args, **node.attrs, **told)
+    run, _, _ = choose(node, "reference")
+    attrs = {k: v for k, v in node.attrs.items() if v != node.op.attrs[k]}
+    made = run(*args, **attrs, **standing(node))
     return made if isinstance(made, tuple) else (made,)
-
-
-def _reference(op: OpDef, *operands: Any, **attrs: Any) -> Any:
-    return op.reference(*operands, **attrs)
 
 
 # -- placement --------------------------------------------------------------------------------
@@ -203,7 +197,8 @@ def _held(graph: Graph, place: Place, inputs: Sequence[Tensor], params: Params) 
         _fits(name, x, type_, sizes)
     for name, type_ in types.items():
         _fits(name, params[name], type_, sizes)
-    return Held(tuple(part(x, t, place) for _, x, t in of), {k: part(params[k], t, place) for k, t in types.items()})
+    named = {k: part(arranged(params[k], t), t, place) for k, t in types.items()}  # they are given in natural order
+    return Held(tuple(part(x, t, place) for _, x, t in of), named)
 
 
 def _sizes(of: Sequence[tuple[str, Tensor, TensorType]]) -> dict[str, int]:

@@ -18,6 +18,7 @@ import torch
 
 from ..ir import CheckpointError, DataError
 from .data import Text, batch, check_length, windows
+from .layout import agreed, as_one, clip_gradients, leading, take_parts, whole_tensors
 from .module import CompiledModel
 from .rundir import Facts, Moment, Point, fresh_run, load_run, save_run
 
@@ -87,7 +88,8 @@ def train(
     """Train a model in place; with a `run` folder checkpoints are kept there, and `resume` continues the last one.
 
     Ctrl-C ends the run after the step in progress, its checkpoint written. Raises PlaitError for options, text or a
-    folder that cannot be used, and for a loss that is no longer finite.
+    folder that cannot be used, and for a loss that is no longer finite. On the ranks of a mesh every process calls this alike;
+    the first one writes, what one process would write.
     """
     check_options(options)
     check_length(text, options.length)
@@ -110,11 +112,12 @@ def _loop(
     progress: Callable[[Progress], None],
 ) -> tuple[Moment, bool]:  # fmt: skip
     """Step after step until a limit or a signal."""
-    clock, saved = _Clock(moment), moment.step
+    clock, saved, stop = _Clock(moment), moment.step, False
     with interrupts(clock.started) as asked:
-        while share(options, moment) < 1 and not asked:
+        while share(options, moment) < 1 and not stop:
             loss = _step(model, text, options, optimizer, moment)
-            moment = replace(moment, step=moment.step + 1, seconds=clock.now(), losses=(*moment.losses, loss))
+            seconds, stop = agreed(model.layout, clock.now(), bool(asked))
+            moment = replace(moment, step=moment.step + 1, seconds=seconds, losses=(*moment.losses, loss))
             over = share(options, moment) >= 1
             if moment.step % options.eval_every == 0 or over:
                 moment = _measured(moment, evaluate(model, text.valid, options))
@@ -124,7 +127,7 @@ def _loop(
             progress(_progress(options, moment, loss, clock))
         if moment.step > saved:
             save(moment)
-        return moment, bool(asked)
+        return moment, stop
 
 
 class _Clock:
@@ -169,7 +172,7 @@ def _step(model: CompiledModel, text: Text, options: Options, optimizer: torch.o
         loss = model.loss(tokens, labels, seed=torch.tensor(moment.step))
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), options.clip or math.inf)
+    clip_gradients(model.layout, dict(model.named_parameters()), options.clip or math.inf)
     value = float(loss.detach())
     if not math.isfinite(value):
         raise DataError(f"the loss is {value} at step {moment.step}; lower the learning rate, it is {options.lr:g}, and resume")
@@ -198,7 +201,7 @@ def evaluate(model: CompiledModel, data: Tensor, options: Options, *, rows: int 
     total = 0.0
     with torch.no_grad(), _precision(options):
         for some, wanted in zip(tokens.split(options.batch), labels.split(options.batch), strict=True):
-            logits = model(some).float().flatten(0, 1)
+            logits = model.whole_logits(some).float().flatten(0, 1)
             total += float(torch.nn.functional.cross_entropy(logits, wanted.flatten())) * len(some)
     return total / len(tokens)
 
@@ -227,18 +230,45 @@ def _optimizer(model: CompiledModel, options: Options) -> tuple[torch.optim.Opti
 
 
 def _begin(model: CompiledModel, state: Mapping[str, Tensor], facts: Facts, run: Path | None, resume: bool) -> Moment:
+    named = dict(model.named_parameters())
     if run is not None and resume:
-        return load_run(run, facts, dict(model.named_parameters()), state)
-    if run is not None:
-        fresh_run(run)
+        return _resumed(run, model, named, state, facts)
+    with as_one(model.layout):
+        if run is not None and leading(model.layout):
+            fresh_run(run)
     return Moment()
+
+
+def _resumed(run: Path, model: CompiledModel, named: Mapping[str, Tensor], state: Mapping[str, Tensor], facts: Facts) -> Moment:
+    """Fill parameters and state from a run; each rank of a mesh takes its parts of what one process wrote."""
+    if model.layout is None:
+        return load_run(run, facts, named, state)
+    whole = {name: torch.empty(shape, dtype=named[name].dtype) for name, shape in model.shapes.items()}
+    of = _placed_as(state)
+    filled = {k: torch.empty_like(whole[of[k]]) if k in of else torch.empty_like(x) for k, x in state.items()}
+    with as_one(model.layout):
+        moment = load_run(run, facts, whole, filled)
+    take_parts(model.layout, named, {name: name for name in named}, whole)
+    take_parts(model.layout, state, of, filled)
+    return moment
+
+
+def _placed_as(state: Mapping[str, Tensor]) -> dict[str, str]:
+    """The parameter that each tensor of the optimizer's state is placed as; a count of steps is a number."""
+    return {key: key.partition(".")[2] for key, tensor in state.items() if tensor.dim()}
 
 
 def _save(
     run: Path | None, model: CompiledModel, state: Mapping[str, Tensor], facts: Facts, options: Options, moment: Moment
 ) -> None:
-    if run is not None:
-        save_run(run, dict(model.named_parameters()), state, moment, facts, asdict(options))
+    if run is None:
+        return
+    named = dict(model.named_parameters())
+    whole = whole_tensors(model.layout, named, {name: name for name in named})
+    whole_state = whole_tensors(model.layout, state, _placed_as(state))
+    with as_one(model.layout):
+        if leading(model.layout):
+            save_run(run, whole, whole_state, moment, facts, asdict(options))
 
 
 def _facts(model: CompiledModel, text: Text) -> Facts:

@@ -28,7 +28,7 @@ import torch
 from ...ir import TypeMismatch
 from ...ir.ops import reorder as REORDER  # the op, beside the form of the same name
 from ...ir.orders import Sections, parse_order
-from .traffic import AxisGroup, axis_group, collected, exchanged, scattered, summed, use_axes
+from .traffic import AxisGroup, axis_group, behind, collected, exchanged, scattered, summed, use_axes
 
 __all__ = [
     "COLLECTIVE_FORMS", "MOVING", "AxisGroup", "all_gather", "all_reduce", "all_to_all", "axis_group", "reduce_scatter",
@@ -61,11 +61,6 @@ def _scattered(x: Tensor, axis: str, dim: int, at: str) -> Tensor:
     return scattered(_cut(x, dim, axis_group(axis), axis), axis, at)[0]
 
 
-def _behind(at: str) -> str:
-    """Where the transpose of an exchange stands."""
-    return f"the backward of {at}" if at else "a backward"
-
-
 class _AllToAll(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: str, src: int, dst: int, at: str) -> Tensor:
@@ -75,7 +70,7 @@ class _AllToAll(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_y: Tensor) -> Any:  # type: ignore[override] # torch declares *grad_outputs
         axis, src, dst, at = ctx.attrs
-        return _swap(d_y, axis, dst, src, _behind(at)), None, None, None, None
+        return _swap(d_y, axis, dst, src, behind(at)), None, None, None, None
 
 
 class _AllGather(torch.autograd.Function):
@@ -87,7 +82,7 @@ class _AllGather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_y: Tensor) -> Any:  # type: ignore[override] # torch declares *grad_outputs
         axis, dim, at = ctx.attrs
-        return _scattered(d_y, axis, dim, _behind(at)), None, None, None
+        return _scattered(d_y, axis, dim, behind(at)), None, None, None
 
 
 class _ReduceScatter(torch.autograd.Function):
@@ -99,7 +94,7 @@ class _ReduceScatter(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_y: Tensor) -> Any:  # type: ignore[override] # torch declares *grad_outputs
         axis, dim, at = ctx.attrs
-        return _gathered(d_y, axis, dim, _behind(at)), None, None, None
+        return _gathered(d_y, axis, dim, behind(at)), None, None, None
 
 
 class _AllReduce(torch.autograd.Function):
@@ -111,7 +106,7 @@ class _AllReduce(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_y: Tensor) -> Any:  # type: ignore[override] # torch declares *grad_outputs
         axis, at = ctx.attrs
-        return summed(d_y.contiguous(), axis, _behind(at)), None, None
+        return summed(d_y.contiguous(), axis, behind(at)), None, None
 
 
 def all_to_all(x: Tensor, *, axis: str, src: int, dst: int, at: str = "") -> Tensor:

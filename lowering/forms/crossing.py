@@ -33,7 +33,7 @@ from ...ir.crossing import (
     transposed,
 )
 from ...ir.op import seeds
-from .collectives import AxisGroup, axis_group
+from .traffic import AxisGroup, axis_group, behind, moved, process_group
 
 Tensor = torch.Tensor
 Run = Callable[..., Any]
@@ -50,12 +50,17 @@ def watch(counter: Counter) -> Callable[[], None]:
 # -- one request ------------------------------------------------------------------------------
 
 
-def answer(request: Moving, axis: str) -> Tensor:
-    """What the ranks of the axis make of a request."""
+def answer(request: Moving, axis: str, at: str = "") -> Tensor:
+    """What the ranks of the axis make of a request; `at` says where in the program it stands."""
     group = axis_group(axis)
+    size = sent(request, group.size, group.rank)
     for counter in _COUNTERS:
-        counter(axis, request, sent(request, group.size, group.rank))
-    x, ranks, members = request.x.detach().contiguous(), group.size, _members(group)
+        counter(axis, request, size)
+    return moved(type(request).__name__, axis, at, size, lambda: _answer(request, group))
+
+
+def _answer(request: Moving, group: AxisGroup) -> Tensor:
+    x, ranks, members = request.x.detach().contiguous(), group.size, process_group(group)
     match request:
         case Shift(by=by, ring=ring):
             return _passed(x, *_neighbours(by, ring, group), members)
@@ -82,11 +87,6 @@ def answer(request: Moving, axis: str) -> Tensor:
             rows = x.new_empty(sum(expected), *x.shape[1:])
             dist.all_to_all_single(rows, x, [*expected], [*sizes], group=members)
             return rows
-
-
-def _members(group: AxisGroup) -> Any:
-    """The process group of an axis, found by name as functional collectives do."""
-    return dist.distributed_c10d._resolve_process_group(group.name)  # type: ignore[reportPrivateUsage] # it has no public name
 
 
 def _neighbours(by: int, ring: bool, group: AxisGroup) -> tuple[int | None, int | None]:
@@ -119,11 +119,12 @@ class Tape:
     """What a rank asked for, in order, and the answers, each the start of a new graph."""
 
     axis: str
+    at: str
     steps: list[tuple[Request, tuple[Tensor, ...]]] = field(default_factory=list[tuple[Request, "tuple[Tensor, ...]"]])
 
     def put(self, request: Request) -> Any:
         """Answer a request, and remember it."""
-        made = [x.detach() for x in request.xs] if isinstance(request, Cut) else [answer(request, self.axis)]
+        made = [x.detach() for x in request.xs] if isinstance(request, Cut) else [answer(request, self.axis, self.at)]
         leaves = tuple(y.requires_grad_(y.is_floating_point()) for y in made)
         self.steps.append((request, leaves))
         return leaves if isinstance(request, Cut) else leaves[0]
@@ -136,7 +137,7 @@ class Tape:
                 continue
             found = [torch.zeros_like(y) if y.grad is None else y.grad for y in leaves]
             xs = request.xs if isinstance(request, Cut) else (request.x,)
-            made = found if isinstance(request, Cut) else [answer(transposed(request, found[0]), self.axis)]
+            made = found if isinstance(request, Cut) else [answer(transposed(request, found[0]), self.axis, behind(self.at))]
             flow(xs, made)
 
 
@@ -147,9 +148,9 @@ def flow(ends: Sequence[Tensor], cotangents: Sequence[Tensor]) -> None:
         torch.autograd.backward([y for y, _ in pairs], [d for _, d in pairs], retain_graph=True)
 
 
-def _forward(way: OneWay, here: Here, operands: Sequence[Any]) -> tuple[Tape, list[Any], tuple[Tensor, ...]]:
+def _forward(way: OneWay, here: Here, at: str, operands: Sequence[Any]) -> tuple[Tape, list[Any], tuple[Tensor, ...]]:
     """The tape, the leaves that stand for the operands, and the results with their graphs."""
-    tape, reply = Tape(here.axis), None
+    tape, reply = Tape(here.axis, at), None
     with torch.enable_grad():
         leaves = [x.detach().requires_grad_(x.is_floating_point()) if x is not None else None for x in operands]
         steps = way.run(here, *leaves)
@@ -163,8 +164,8 @@ def _forward(way: OneWay, here: Here, operands: Sequence[Any]) -> tuple[Tape, li
 
 class _Crossed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, way: OneWay, here: Here, *operands: Any) -> Any:
-        tape, leaves, results = _forward(way, here, operands)
+    def forward(ctx: Any, way: OneWay, here: Here, at: str, *operands: Any) -> Any:
+        tape, leaves, results = _forward(way, here, at, operands)
         ctx.tape, ctx.leaves, ctx.results = tape, leaves, results
         made = tuple(y.detach() for y in results)
         ctx.mark_non_differentiable(*(y for y in made if not y.is_floating_point()))
@@ -178,32 +179,35 @@ class _Crossed(torch.autograd.Function):
         ctx.tape.back()
         found = [x.grad if x is not None else None for x in ctx.leaves]
         ctx.tape = ctx.leaves = ctx.results = None
-        return None, None, *found
+        return None, None, None, *found
 
 
 def crossing_form(op: OpDef, run: Run) -> Run:
-    """A form of an op that runs over a mesh axis; `run(op, *operands, **attrs)` runs ops on this rank's own tensors."""
+    """A form of an op that runs over a mesh axis; `run(op, *operands, **attrs)` runs ops on this rank's own tensors.
+
+    The form is told where it stands, `at`, besides the op's attributes.
+    """
     crossing = op.crossing
     if crossing is None:
         raise PlacementError(f"{op.name} has no way across a split; it cannot run over an axis")
 
     @wraps(op.reference)
-    def form(*operands: Any, **named: Any) -> Any:
+    def form(*operands: Any, at: str = "", **named: Any) -> Any:
         attrs = {**op.attrs, **{k: v for k, v in named.items() if k in op.attrs}}
         values = op.arrange(operands, {k: v for k, v in named.items() if k not in op.attrs})
         group = axis_group(attrs["over"])
         here, way = Here.of(attrs, group.size, group.rank, run), crossing.ways[attrs["by"]]
-        made = _backward(op, way, here, values) if op.gradient_of else cast(Any, _Crossed.apply(way, here, *values))
+        made = _backward(op, way, here, at, values) if op.gradient_of else cast(Any, _Crossed.apply(way, here, at, *values))
         return made[0] if isinstance(made, tuple) and len(made) == 1 else made
 
     return cast(Run, torch._dynamo.disable(form))  # type: ignore[reportPrivateUsage] # generators and sends are not traced
 
 
-def _backward(op: OpDef, way: OneWay, here: Here, values: Sequence[Any]) -> tuple[Tensor, ...]:
+def _backward(op: OpDef, way: OneWay, here: Here, at: str, values: Sequence[Any]) -> tuple[Tensor, ...]:
     """A gradient's op: its forward's way again, and back."""
     assert op.gradient_of is not None
     count = len(op.gradient_of.inputs)
-    tape, leaves, results = _forward(way, here, values[:count])
+    tape, leaves, results = _forward(way, here, at, values[:count])
     given = [(y, d) for y, d in zip(results, seeds(op.gradient_of, values[count:], here.rank), strict=True) if d is not None]
     flow([y for y, _ in given], [d for _, d in given])
     tape.back()

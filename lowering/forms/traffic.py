@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 
 from ...ir import PlacementError, PlaitError
 
@@ -53,6 +54,11 @@ def axis_group(axis: str) -> AxisGroup:
     return _AXES[axis]
 
 
+def process_group(group: AxisGroup) -> Any:
+    """The process group of an axis, found by name as functional collectives do."""
+    return dist.distributed_c10d._resolve_process_group(group.name)  # type: ignore[reportPrivateUsage] # it has no public name
+
+
 def traffic() -> Mapping[str, Traffic]:
     """What was counted since `count_anew`, by axis."""
     return dict(_COUNTED)
@@ -71,16 +77,26 @@ def tally(axis: str, sent: int) -> None:
 
 def moved(what: str, axis: str, at: str, sent: int, step: Callable[[], Any]) -> Any:
     """Run an exchange and count it; where it breaks, MeshError says which one it was."""
+    made = guarded(what, axis, at, step)
+    tally(axis, sent)
+    return made
+
+
+def guarded(what: str, axis: str, at: str, step: Callable[[], Any]) -> Any:
+    """Run a step of an exchange; where it breaks, MeshError says which one it was."""
     try:
-        made = step()
+        return step()
     except RuntimeError as error:  # what every backend raises when a peer has died or is late
         where = f" at {at}" if at else ""
         rank = _AXES[axis].rank if axis in _AXES else "?"
         first = (str(error).splitlines() or [""])[0][:300]
         why = "another rank stopped or is late: see what it says"
         raise MeshError(f"{what} over {axis}{where} did not end on rank {rank} of {axis}: {first}; {why}") from error
-    tally(axis, sent)
-    return made
+
+
+def behind(at: str) -> str:
+    """Where the transpose of an exchange stands."""
+    return f"the backward of {at}" if at else "a backward"
 
 
 def _size(x: Tensor) -> int:
