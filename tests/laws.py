@@ -21,7 +21,7 @@ from plait.ir import (
     reads,
     simulate,
 )
-from plait.ir.ops import COLLECTIVES
+from plait.ir.ops import COLLECTIVES, UNDER_WAY
 from plait.ir.sample import sample
 from plait.ir.signature import alias
 from plait.ir.types import DTYPES
@@ -30,7 +30,7 @@ Tensor = torch.Tensor
 Operands = list[Tensor | None]
 ROUNDING = 1e-10  # of a gradient in float64, relative to its largest entry
 MESH = Mesh((("cp", 2),))
-LOCAL = [o for o in OPS.values() if o not in COLLECTIVES]
+LOCAL = [o for o in OPS.values() if o not in (*COLLECTIVES, *UNDER_WAY)]
 VARIANTS: dict[str, list[dict[str, Any]]] = {  # attributes whose other values take another path
     "rms_norm": [{"zero_centered": True}, {"groups": 3}], "layer_norm": [{"zero_centered": True}],
     "gelu": [{"approximate": "tanh"}], "spread_rows": [{"mean": True}], "attention": [{"causal": False}],
@@ -40,7 +40,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {  # attributes whose other values t
     "reshape": [{"pattern": "b t d -> b (t d)"}, {"pattern": "... d -> d ..."}, {"pattern": "... (h d=2) -> ... d h"}],
 }  # fmt: skip
 UNSPLIT = (  # letters of role map that an attribute keeps whole
-    ("reorder", {}, "...1"), ("reshape", {"pattern": "b t (h=2 d) -> b h t d"}, "...2"), ("spread_rows", {"mean": True}, "d"),
+    ("reorder", {}, "...1"), ("relabel", {}, "...1"), ("reshape", {"pattern": "b t (h=2 d) -> b h t d"}, "...2"), ("spread_rows", {"mean": True}, "d"),
     ("reshape", {"pattern": "b t d -> b (t d)"}, "...2"),
 )  # fmt: skip
 

@@ -11,6 +11,7 @@ from plait.ir import DTYPES, Graph, PlaitError, TensorType, parameters, parse
 from plait.ir.gradient import cotangent_type
 from plait.ir.sizes import value
 from plait.lowering.forms.collectives import COLLECTIVE_FORMS as FORMS
+from plait.lowering.forms.under_way import UNDER_WAY_FORMS
 from plait.passes import differentiate
 from plait.runtime.mesh import Place, close, handshake, init, launched
 from plait.runtime.spmd import gathered, gradients, run
@@ -96,6 +97,29 @@ BORDERS = """def f(x: f64[b, s, 8]+cp, z: f64[b, s@cp, 8], w: f64[6, 8@cp], *, v
     y = mul(m, z)
     return e, t, y
 """
+# two exchanges are under way while other work is done; the first that began is ended last
+BEGUN = """def f(x: f64[b, s@cp, 6], z: f64[b, s@cp, 4], *, w: f64[6, 6] = normal(0.5)):
+    g = begin_all_to_all(x, axis='cp', src=1, dst=2)
+    h = begin_all_to_all(z, axis='cp', src=1, dst=2)
+    u = linear(x, w)
+    t = tanh(u)
+    c = end_all_to_all(h, axis='cp', src=1, dst=2)
+    a = end_all_to_all(g, axis='cp', src=1, dst=2)
+    e = tanh(a)
+    k = begin_all_to_all(e, axis='cp', src=2, dst=1)
+    o = tanh(c)
+    m = end_all_to_all(k, axis='cp', src=2, dst=1)
+    y = mul(m, t)
+    return y, o
+"""
+# tokens go to the ranks that hold them in zigzag order, and back
+EXCHANGED = """def f(x: f64[b, s@cp, 6], w: f64[6, 6]):
+    a = reorder(x, order='zigzag(2)', over='cp', by='exchange')
+    c = tanh(a)
+    d = reorder(c, was='zigzag(2)', over='cp', by='exchange')
+    y = linear(d, w)
+    return y
+"""
 
 
 @dataclass(frozen=True)
@@ -119,6 +143,9 @@ CASES = {
     "attention": Case(ATTEND, "cp=2", {"b": 3, "s": 26}),
     "zigzag": Case(ZIGZAG, "cp=2", {"b": 3, "s": 100}),
     "borders": Case(BORDERS, "cp=2", {"b": 2, "s": 130}),
+    "under way": Case(BEGUN, "cp=2", {"b": 3, "s": 26}),
+    "under way, one row": Case(BEGUN, "cp=2", {"b": 1, "s": 10}),
+    "reorder": Case(EXCHANGED, "cp=2", {"b": 2, "s": 20}),
     "all_to_all down": _move("x: f64[3, 6@cp, 10]", "y = all_to_all(x, axis='cp', src=1, dst=2)"),
     "all_to_all up": _move("x: f64[3, 6, 10@cp]", "y = all_to_all(x, axis='cp', src=2, dst=1)"),
     "all_to_all first": _move("x: f64[2, 5, 10@cp]", "y = all_to_all(x, axis='cp', src=2, dst=0)"),
@@ -173,7 +200,8 @@ def by_text(case: Case, place: Place) -> dict[str, Tensor]:
 
 def every_form(x: Tensor) -> Tensor:
     """A chain of all the forms, with something to save between them; x is split along dim 1 and odd elsewhere."""
-    a = FORMS["all_to_all"](x, axis="cp", src=1, dst=2).sin()
+    begun = UNDER_WAY_FORMS["begin_all_to_all"](x, axis="cp", src=1, dst=2)
+    a = x.cos().sum() * UNDER_WAY_FORMS["end_all_to_all"](begun, axis="cp", src=1, dst=2).sin()
     b = FORMS["all_to_all"](a, axis="cp", src=2, dst=1)
     c = FORMS["reorder"](FORMS["all_gather"](b, axis="cp", dim=1), order="zigzag(2)").sin()
     d = FORMS["shard"](c, axis="cp", dim=1) * x

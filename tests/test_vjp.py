@@ -25,7 +25,7 @@ from plait.ir import (
     reads,
     simulate,
 )
-from plait.ir.ops import BACKWARD, COLLECTIVES
+from plait.ir.ops import BACKWARD, COLLECTIVES, attention_part_gradients
 from plait.ir.types import DTYPES
 from plait.ir.vjp import Branch, parsed
 
@@ -261,7 +261,7 @@ def test_a_collective_goes_back_the_way_it_came(name: str, x: str, d: str, by: s
 def test_every_op_has_a_gradient_or_a_reason_for_none(of: OpDef) -> None:
     assert (of.vjp_rule is None) == bool(of.constant)
     integers = all(o.dtype not in ("", "acc") and not of.has_operand(o.dtype) for o in of.outputs)
-    assert bool(of.constant) == (integers or of in BACKWARD.values())
+    assert bool(of.constant) == (integers or of in (*BACKWARD.values(), attention_part_gradients))
 
 
 @pytest.mark.parametrize("of", OPS.values(), ids=OPS)

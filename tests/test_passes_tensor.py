@@ -1,0 +1,264 @@
+"""Features over ranks: sections, every mixer, and what moves."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from plait.ir import Graph, Mesh, ParseError, PassError, PlacementError, PlaitError, parse
+from plait.ir.ops import reorder, split
+from plait.passes import Pipeline, check_types, differentiate, place, split_features, validate
+
+from tests.tensor_cases import TINY, agree, agree_on, layer, lines, moves, preset, types, wide
+
+SECTIONS = """
+def f(x: f64[b, s, 5], *, w: f64[14@tp:sections(2,4,4,6), 5] = normal(0.5), c: f64[8@tp:sections(2,4,4), 3] = normal(0.5)):
+    y = linear(x, w)
+    a, v = split(y, sizes=(8, 6), parts=2)
+    k, end = causal_conv1d(a, c, act='silu')
+    q, u = split(k, sizes=(4, 4), parts=2)
+    j = join(u, v, order='sections(2,4,6)')
+    back, behind = split(j, sizes=(4, 6), parts=2)
+    m = mul(q, back)
+    whole = all_gather(m, axis='tp', dim=2)
+    rest = all_gather(behind, axis='tp', dim=2)
+    return whole, rest
+"""
+PLAIN = """
+def f(x: f64[b, s, 5], *, w: f64[14, 5] = normal(0.5), c: f64[8, 3] = normal(0.5)):
+    y = linear(x, w)
+    a, v = split(y, sizes=(8, 6))
+    k, end = causal_conv1d(a, c, act='silu')
+    q, u = split(k, sizes=(4, 4))
+    m = mul(q, u)
+    return m, v
+"""
+
+
+def test_sections_part_and_join_on_ranks_and_on_one_device() -> None:
+    graph, plain = parse(SECTIONS), parse(PLAIN)
+    check_types(graph)
+    assert str(graph.nodes[1].outputs[0].type) == "f64[b, s, 8@tp:sections(2,4,4)]"
+    assert str(graph.nodes[4].outputs[0].type) == "f64[b, s, 10@tp:sections(2,4,6)]"
+    for after in (graph, differentiate(graph)[0]):
+        report = validate(plain, after, "reassociates", gradients=after is not graph)
+        assert report.ok and report.rows, report
+
+
+def test_a_whole_dim_in_sections_parts_too() -> None:
+    x = torch.randn(3, 20, dtype=torch.float64)
+    moved = reorder.reference(x, dim=1, order="sections(4,8,4,8)")
+    for got, want in zip(split.reference(moved, sizes=(12, 8), parts=4), x.split([12, 8], -1), strict=True):
+        again = reorder.reference(got, dim=1, was="sections(4,8,4)") if got.shape[1] == 12 else got
+        assert torch.equal(again, want)
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("x: f64[3, 6@tp]):\n    a, b = split(x, sizes=(2, 4), parts=2)", "must be in order sections"),
+        ("x: f64[3, 6@tp:sections(2,2,4)]):\n    a, b = split(x, sizes=(2, 4))", "must see the last dim whole"),
+        ("x: f64[3, 6@tp:sections(2,2,4)]):\n    a, b = split(x, sizes=(4, 2), parts=2)", "one or more of the"),
+        ("x: f64[3, 2@tp], y: f64[3, 4]):\n    a = join(x, y, order='sections(2,2,4)')", "split alike"),
+        ("x: f64[3, 2], y: f64[3, 4]):\n    a = join(x, y, order='sections(2,4,2)')", "do not make up"),
+        ("x: f64[3, 2], y: f64[3, 4]):\n    a = join(x, y, order='')", "must be sections"),
+    ],
+)
+def test_what_does_not_part_is_refused(text: str, why: str) -> None:
+    with pytest.raises(ParseError, match=why):
+        parse(f"def f({text}\n    return a\n")
+
+
+# -- whole models ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_every_preset(name: str) -> None:
+    before = preset(name, packed=True)
+    after, said = split_features(before, sequence=name.startswith(("demo", "llama")))
+    assert any(r.what == "columns" for r in said) and str(after.outputs[0].type) == "f64[()]"
+    agree(before, after)
+
+
+def test_logits_come_out_whole() -> None:
+    before = wide("logits", blocks=["mlp"], logit_softcap=3.0, tied=True)
+    after, _ = split_features(before)
+    assert str(after.outputs[0].type) == "f64[b, s, 64]" and types(after) == {"embed": "[64@tp, 20]"}
+    assert moves(layer(after, "head")) == {"all_gather": 1}
+    agree(before, after, gradients=True)
+
+
+@pytest.mark.parametrize("sequence", [False, True])
+def test_gradients_as_ir(sequence: bool) -> None:
+    before = wide()
+    after, _ = split_features(before, sequence=sequence)
+    agree(before, after, gradients=True)
+
+
+@pytest.mark.parametrize(("packed", "sequence"), [(False, True), (True, False)])
+def test_four_ranks_and_two_key_heads(packed: bool, sequence: bool) -> None:
+    before = wide(packed=packed)
+    after, said = split_features(before, mesh="tp=4", sequence=sequence)
+    assert sum(r.what == "repeat_heads" for r in said) == 6
+    assert "f64[b, s, 4@tp, 6]" in str(layer(after, "self_attention"))
+    agree_on(before, after, Mesh((("tp", 4),)))
+
+
+def test_dropout_drops_the_same() -> None:
+    before = wide(blocks=["mlp", "moe"], dropout=0.3, training=True)
+    agree(before, split_features(before)[0])
+
+
+def test_sections_of_every_projection() -> None:
+    after, _ = split_features(wide())
+    assert types(layer(after, "gdn")) == {
+        "norm": "[20]", "w_in": "[112@tp:sections(2,8,8,40,40,8,8), 20]", "conv": "[56@tp:sections(2,8,8,40), 4]",
+        "dt_bias": "[8@tp]", "A_log": "[8@tp]", "out_norm": "[5]", "w_out": "[20, 40@tp]",
+    }  # fmt: skip
+    assert types(layer(after, "self_attention")) == {
+        "norm": "[20]", "w_in": "[120@tp:sections(2,48,48,12,12), 20]", "w_in_bias": "[120@tp:sections(2,48,48,12,12)]",
+        "q_norm": "[6]", "k_norm": "[6]", "sinks": "[8@tp]", "w_out": "[20, 48@tp]", "w_out_bias": "[20]",
+    }  # fmt: skip
+    assert types(layer(after, "mamba2"))["conv"] == "[32@tp:sections(2,24,4,4), 4]"
+    assert types(layer(after, "kda"))["w_decay"] == "[32@tp, 8]" and types(layer(after, "kda"))["w_gate"] == "[32@tp, 8]"
+    assert types(layer(after, "moe"))["w_in"] == "[4, 16@tp:sections(2,8,8), 20]"
+    assert types(layer(after, "moe"))["w_out"] == "[4, 20, 8@tp]" and types(layer(after, "moe"))["w_router"] == "[4, 20]"
+    assert types(after) == {"embed": "[64@tp, 20]", "head": "[64@tp, 20]"}
+
+
+def test_one_sum_a_layer() -> None:
+    after, _ = split_features(wide())
+    assert {g.name: moves(g) for g in after.layers} == {
+        "gdn": {"all_reduce": 1},
+        "self_attention": {"all_reduce": 1},
+        "mamba2": {"all_reduce": 2, "all_gather": 2},  # B and C of one group are whole; a norm over all features
+        "kda": {"all_reduce": 1, "all_gather": 2},  # what decay and gate are made of
+        "mlp": {"all_reduce": 1},
+        "moe": {"all_reduce": 1},  # routed and shared experts together
+        "head": {},  # three numbers a token cross by the loss's own way
+    }
+
+
+def test_tokens_are_split_between_layers() -> None:
+    after, _ = split_features(wide("logits"), sequence=True)
+    mlp = layer(after, "mlp")
+    assert str(mlp.inputs[0].type) == str(mlp.outputs[0].type) == "f64[b, s@tp, 20]"
+    assert moves(mlp) == {"all_gather": 1, "reduce_scatter": 1}
+    assert moves(layer(after, "gdn")) == {"all_gather": 1, "reduce_scatter": 1}
+    assert [n.op.name for n in mlp.nodes][:3] == ["rms_norm", "all_gather", "linear"]
+
+
+def test_norms_of_heads_and_of_split_tokens_have_gradients_in_parts() -> None:
+    def gradient(graph: Graph, name: str) -> str:
+        return next(str(v.type) for v in differentiate(graph)[0].outputs if v.name == name)
+
+    before = wide(blocks=["attention"])
+    features, tokens = split_features(before)[0], split_features(before, sequence=True)[0]
+    assert gradient(features, "d_layers_0_q_norm") == "f64[6]+tp" and gradient(features, "d_layers_0_norm") == "f64[20]"
+    assert gradient(tokens, "d_layers_0_norm") == "f64[20]+tp"
+    assert gradient(features, "d_layers_0_w_in") == "f64[120@tp:sections(2,48,48,12,12), 20]"
+
+
+def test_tokens_and_batch_split_as_well() -> None:
+    before = wide(packed=True)
+    agree(before, place(before, mesh="tp=2 cp=2", attention="kv", recurrence="states")[0])
+
+
+def test_a_name_on_the_command_line() -> None:
+    before = preset("llama-3-8b-tiny")
+    after = Pipeline.parse("split-features{mesh='tp=2' axis=tp sequence=true},fuse").run(before, verify="numeric")
+    assert "s@tp" in str(after)
+
+
+# -- rules, where they fire and where they hold back ------------------------------------------------
+
+
+def test_heads_that_do_not_part_leave_the_layer_whole() -> None:
+    before = wide(blocks=["attention"], attention={"heads": 3, "kv_heads": 3, "head_dim": 4})
+    after, said = split_features(before)
+    assert "@tp" not in str(layer(after, "self_attention"))
+    assert lines(said, "missed") == [
+        "columns self_attention: attention: 3 heads do not part into tp=2; every rank does all of it"
+    ]
+    agree(before, after)
+
+
+def test_sections_that_do_not_part_leave_the_projection_whole() -> None:
+    before = wide(blocks=["mlp"], mlp={"width": 7})
+    after, said = split_features(before)
+    assert types(layer(after, "mlp"))["w_in"] == "[14, 20]"
+    why = "sections (7, 7) of w_in; 7 must be a multiple of tp=2; every rank has all of it"
+    assert lines(said, "missed") == [f"columns mlp: {why}"]
+    agree(before, after)
+
+
+def test_a_vocabulary_that_does_not_part_stays_whole() -> None:
+    before = wide(blocks=["mlp"], vocab=61)
+    after, _ = split_features(before)
+    assert types(after) == {"embed": "[61, 20]", "head": "[61, 20]"} and "linear_cross_entropy(" in str(after)
+    agree(before, after)
+
+
+NORM = """
+def f(x: f64[b, s, 5], *, w: f64[12, 5] = normal(0.5), n: f64[12] = normal(0.5), v: f64[5, 12] = normal(0.5)):
+    y = linear(x, w)
+    a = silu(y)
+    z = rms_norm(a, n, groups=GROUPS, zero_centered=True)
+    o = linear(z, v)
+    return o
+"""
+
+
+@pytest.mark.parametrize(("groups", "moved"), [(4, {}), (1, {"all_reduce": 1}), (3, {"all_gather": 1})])
+def test_a_norm_over_split_features(groups: int, moved: dict[str, int]) -> None:
+    before = parse(NORM.replace("GROUPS", str(groups)))
+    after, _ = split_features(before)
+    found = moves(after)
+    found.subtract({"all_reduce": 1 if groups != 3 else 0})  # that of the rows
+    assert +found == moved, str(after)
+    agree(before, after)
+
+
+def test_rows_with_a_bias_add_it_once() -> None:
+    before = wide(blocks=["mlp"])
+    text = str(layer(split_features(before)[0], "mlp"))
+    assert text.index("all_reduce(") < text.index("add_bias(")
+
+
+MISTAKES = [
+    (lambda: split_features(wide(), axis="cp"), PlacementError, "no axis called cp"),
+    (lambda: split_features(split_features(wide())[0]), PassError, "split over tp already"),
+]
+
+
+@pytest.mark.parametrize(("act", "kind", "text"), MISTAKES)
+def test_mistakes_are_named(act: object, kind: type[PlaitError], text: str) -> None:
+    with pytest.raises(kind, match=text):
+        act()  # type: ignore[operator] # each takes nothing
+
+
+PLANTED = {  # what someone gets wrong, and what of the program's text that is
+    "a sum is forgotten": ("y7 = all_reduce(y6, axis='tp')", "y7 = scale(y6, by=1.0)", "b is partial over tp"),
+    "sections are not those of the weight": (
+        "sizes=(12, 12), parts=2",
+        "sizes=(8, 16), parts=2",
+        "one or more of the sections",
+    ),
+    "sections are taken as whole": (", parts=2", "", "must see the last dim whole"),
+    "a weight in its natural order": ("24@tp:sections(2,12,12)", "24@tp", "must be in order sections"),
+}
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_types_catch(name: str) -> None:
+    was, now, why = PLANTED[name]
+    text = str(split_features(wide("logits", blocks=["mlp"], mlp={"width": 12}))[0])
+    assert was in text
+    with pytest.raises(PlaitError, match=why):
+        parse(text.replace(was, now))
+
+
+def test_validation_catches_sections_of_another_layout() -> None:
+    """gate and up are as wide: exchanged, everything is well typed."""
+    before = wide("logits", blocks=["mlp"], mlp={"width": 12})
+    text = str(split_features(before)[0]).replace("silu(y2)", "silu(y3)").replace("mul(y4, y3)", "mul(y4, y2)")
+    assert not validate(before, parse(text), "reassociates").ok
