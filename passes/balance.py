@@ -14,7 +14,7 @@ from .remarks import Remark
 
 
 def pairs(order: str, ranks: int, cu: Sequence[int], window: int = 0) -> tuple[int, ...]:
-    """Pairs of a query and a key that each rank's causal attention has; `cu` are the borders of segments, (0, tokens) for one."""
+    """Pairs of a query and a key that each rank's causal attention has; `cu` are the borders of its segments."""
     borders = torch.as_tensor([*cu], dtype=torch.int64)
     tokens = int(borders[-1]) if len(borders) else 0
     if len(borders) < 2 or int(borders[0]) or bool((borders.diff() < 0).any()):
@@ -40,7 +40,8 @@ def balance(
     """Causal attention over split tokens takes them in zigzag order, where the FLOPs that evens out are worth the exchange.
 
     Worth it: at least `worth` FLOPs of the busiest rank are saved for every byte that reordering its operands and result
-    sends, at `seq` tokens (in `segments` of equal length, if packed). `move-reorders` then takes reorders to where they cost least.
+    sends, at `seq` tokens (in `segments` of equal length, if packed). Then `move-reorders` brings reorders to where they
+    cost least.
     """
     said, ranks = list[Remark](), parse_mesh(mesh)[axis]
     replay = Replay(graph)

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..ir import Graph, Node, OpDef, PlacementError, Replay, TensorType, Value, ops
 from ..ir.signature import Operand, bind, spread
+from .cleanup import dce
 from .registry import Outcome, register
 from .remarks import Remark
 from .remedies import Split, local_reshape
@@ -47,7 +48,8 @@ def hoist_exchanges(graph: Graph) -> Outcome:
     """An exchange of what token-wise ops made moves in front of them, where no more travels then.
 
     all_to_all(scale_columns(softplus(widen(a)), r)) is scale_columns(softplus(widen(all_to_all(a))), shard(r)): half of the
-    bytes. The op does the same work elsewhere; what is read at home too stays, since it would be computed twice.
+    bytes. What would travel both ways, such as an output gate, stays home. The op does the same work elsewhere; what is read
+    at home too stays, since it would be computed twice.
     """
     said = list[Remark]()
     while True:
@@ -55,7 +57,7 @@ def hoist_exchanges(graph: Graph) -> Outcome:
         graph = sweep.run()
         said += sweep.said
         if not sweep.said:
-            return graph, tuple(said)
+            return (dce(graph)[0] if said else graph), tuple(said)
 
 
 class _Sweep:
@@ -69,17 +71,16 @@ class _Sweep:
     def run(self) -> Graph:
         return self.replay.run(self._visit)
 
-    def _visit(self, node: Node, inputs: list[Value | None]) -> Sequence[Value] | None:
+    def _visit(self, node: Node, _: list[Value | None]) -> Sequence[Value] | None:
         if node.is_op("all_to_all"):
             return [self._arrived(node)]
         move = move_of(self.graph, node)
         found = other_side(node, move) if move else None
         if move is None or found is None or not self._pays(node, found):
             return None
-        made = [self._operand(node, i, v, found) if v is not None else None for i, v in enumerate(inputs)]
         self.said.append(Remark("passed", "hoist-exchange", node.loc, self._saved(node, found)))
         self.lifted.add(node.outputs[0])
-        return self.replay.builder.emit(node.op, made, found.attrs, [node.outputs[0].name], node.loc)
+        return [self._there(node, found)]
 
     def _arrived(self, node: Node) -> Value:
         """The exchanged value: made here, made before, or by the op that now stands behind its exchange."""
@@ -90,9 +91,35 @@ class _Sweep:
 
     def _exchanged(self, old: Value, move: Move, name: str, loc: str) -> Value:
         if (old, move) not in self.done:
-            new = self.replay.env[old]
-            self.done[old, move] = self.replay.builder.emit(ops.all_to_all, [new], move.attrs, [name], loc)[0]
+            b, maker = self.replay.builder, self.graph.makers.get(old)
+            if maker is None or not self._returns(old, move):
+                self.done[old, move] = b.emit(ops.all_to_all, [self.replay.env[old]], move.attrs, [name], loc)[0]
+            elif maker.is_op("all_to_all"):
+                self.done[old, move] = self.replay.env[maker.operands[0]]
+            else:
+                self.done[old, move] = self._there(maker, other_side(maker, move))
         return self.done[old, move]
+
+    def _returns(self, value: Value, move: Move) -> bool:
+        """Whether a value was at the other side before, so that nothing travels: it came by an exchange, or is made of such."""
+        maker = self.graph.makers.get(value)
+        if maker is None or value in self.graph.outputs or len(self.graph.uses[value]) > 1:
+            return False
+        if maker.is_op("all_to_all"):
+            return Move.of(maker) == move.reversed()
+        found = other_side(maker, move)
+        return found is not None and all(self._returns(v, m) for v, m in self._travelling(maker, found))
+
+    def _travelling(self, node: Node, found: Operands) -> list[tuple[Value, Move]]:
+        """The operands that are to be exchanged, each once."""
+        pairs = dict.fromkeys((node.inputs[i], move) for i, move in found.travel.items())
+        return [(v, move) for v, move in pairs if v is not None]
+
+    def _there(self, node: Node, found: Operands | None) -> Value:
+        """An op's result on the other side, from its operands there."""
+        assert found is not None
+        given = [self._operand(node, i, self.replay.env[v], found) if v is not None else None for i, v in enumerate(node.inputs)]
+        return self.replay.builder.emit(node.op, given, found.attrs, [node.outputs[0].name], node.loc)[0]
 
     def _operand(self, node: Node, index: int, new: Value, found: Operands) -> Value:
         old = node.inputs[index]
@@ -105,9 +132,8 @@ class _Sweep:
         return self.replay.builder.emit(ops.shard, [new], {"axis": axis, "dim": found.cut[index]}, [old.name], node.loc)[0]
 
     def _fresh(self, node: Node, found: Operands) -> list[Value]:
-        """The operands that do not travel yet."""
-        pairs = dict.fromkeys((node.inputs[i], move) for i, move in found.travel.items())
-        return [v for v, move in pairs if v is not None and not self._travels(v, move)]
+        """The operands that do not travel yet, and do not come from the other side."""
+        return [v for v, m in self._travelling(node, found) if not self._travels(v, m) and not self._returns(v, m)]
 
     def _travels(self, value: Value, move: Move) -> bool:
         return any(n.is_op("all_to_all") and Move.of(n) == move for n in self.graph.uses.get(value, ()))

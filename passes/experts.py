@@ -81,9 +81,8 @@ def returned(walk: Walk, node: Node) -> Sequence[Value] | None:
     rows, order, weights = node.operands
     if rows not in away(walk.graph) or walk.split.axis not in walk.type(rows).dims[0].axes:
         return None
-    maker = next(n for n in walk.graph.nodes if n.is_op("dispatch") and order in n.outputs)
-    counts = maker.outputs[2]
-    if walk.split.axis not in walk.type(counts).partial or not _sent(walk, counts):
+    counts = next((n.outputs[2] for n in walk.graph.nodes if n.is_op("dispatch") and order in n.outputs), None)
+    if counts is None or not _sent(walk, counts):
         return None
     back = _exchanged(walk, ops.return_rows, rows, counts)
     return walk.b.emit(node.op, [back, walk.at(order), walk.at(weights)], node.attrs, [v.name for v in node.outputs], node.loc)

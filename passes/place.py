@@ -56,7 +56,8 @@ def place(
     attention, over the batch's row or each packed segment; inputs come in that order then. auto: a plan for `batch` sequences
     of `seq` tokens on `machine` says the ways and orders of all layers that `ways` does not (see `plait explain`).
     Kernels become ops again, so fuse afterwards. With `axis` that axis alone is placed, and splits tokens. The pipeline text
-    quotes a mesh: `place{mesh='dp=2 cp=4'}`.
+    quotes a mesh: `place{mesh='dp=2 cp=4'}`. With an axis `ring` beside `cp` tokens are split over both: keys and states pass
+    along the ring, heads are exchanged over cp.
     """
     whole, said = parse_mesh(mesh), list[Remark]()
     if AUTO in (attention, recurrence):
@@ -66,12 +67,16 @@ def place(
         if name in AXES:
             graph, more = AXES[name][1](graph, Split(name, whole[name], mesh=whole))
             said += more
-    tokens = axis or ("cp" if "cp" in whole else "")
-    if not tokens:
-        return graph, tuple(said)
     wanted = Wanted(attention.replace(AUTO, "heads"), recurrence.replace(AUTO, "heads"))
-    made, more = _tokens(graph, Split(tokens, whole[tokens], _order(order, whole[tokens]), whole), wanted, ways)
-    return made, (*said, *more)
+    if "ring" in whole and not axis:
+        split = Split("ring", whole["ring"], _order(order, whole["ring"]), whole)
+        graph, more = _tokens(graph, split, _around(attention, recurrence), "")
+        said, order = [*said, *more], "natural"
+    tokens = axis or ("cp" if "cp" in whole else "")
+    if tokens:
+        graph, more = _tokens(graph, Split(tokens, whole[tokens], _order(order, whole[tokens]), whole), wanted, ways)
+        said += more
+    return graph, tuple(said)
 
 
 def _planned(graph: Graph, mesh: Mesh, axis: str, machine: Machine, ways: str, batch: int, seq: int) -> tuple[str, str]:
@@ -84,11 +89,16 @@ def _planned(graph: Graph, mesh: Mesh, axis: str, machine: Machine, ways: str, b
 
 def _known(mesh: Mesh) -> list[str]:
     """The axes of a mesh in the order in which they are placed; one of another name is refused."""
-    known = {**{name: what for name, (what, _) in AXES.items()}, "cp": "tokens"}
+    known = {**{name: what for name, (what, _) in AXES.items()}, "ring": "tokens, around cp", "cp": "tokens"}
     if strange := [name for name, _ in mesh.axes if name not in known]:
         told = ", ".join(f"{name} ({what})" for name, what in known.items())
         raise PlacementError(f"mesh axis {strange[0]}: its name says what it splits; there are {told}")
     return [name for name in known if name in mesh]
+
+
+def _around(attention: str, recurrence: str) -> Wanted:
+    """The ways over the outer of two axes that split tokens, the inner of which exchanges heads."""
+    return Wanted(attention if attention == "kv" else "ring", recurrence if recurrence in ("states", "scan") else "chain")
 
 
 def _order(order: str, ranks: int) -> str:

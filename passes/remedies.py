@@ -41,8 +41,13 @@ class Split:
 
     def whole(self, type_: TensorType) -> TensorType:
         """The value, all of it on every rank, tokens in their natural order."""
-        dims = [Dim(d.size, tuple(a for a in d.axes if a != self.axis)) if self.axis in d.axes else d for d in type_.dims]
+        dims = [self._without(d) if self.axis in d.axes else d for d in type_.dims]
         return replace(type_, dims=tuple(dims), partial=type_.partial - {self.axis})
+
+    def _without(self, dim: Dim) -> Dim:
+        """Of a dim that another axis splits too, the order is that one's."""
+        rest = tuple(a for a in dim.axes if a != self.axis)
+        return Dim(dim.size, rest, dim.order if rest else "")
 
     def over(self, type_: TensorType, index: int) -> TensorType:
         """A whole value, split along one dim in its natural order."""
@@ -52,12 +57,13 @@ class Split:
     def tokens(self, type_: TensorType, index: int) -> TensorType:
         """A whole value, its tokens split in their order."""
         made = self.over(type_, index)
-        return made.with_dim(index, replace(made.dims[index], order=self.order))
+        return made.with_dim(index, replace(made.dims[index], order=self.order or made.dims[index].order))
 
     def ordered(self, type_: TensorType) -> TensorType:
         """A value whose tokens are split, with them in this split's order."""
         at = self.dim(type_)
-        return type_ if at is None else type_.with_dim(at, replace(type_.dims[at], order=self.order))
+        alone = at is not None and type_.dims[at].axes == (self.axis,)
+        return type_.with_dim(at, replace(type_.dims[at], order=self.order)) if at is not None and alone else type_
 
     def even(self, type_: TensorType) -> bool:
         """Whether every rank has as much; symbolic sizes are the caller's word."""
@@ -179,6 +185,8 @@ def _uncrossed(by: str) -> Callable[[Site, str], str]:
         """What the op's types say of running over the split."""
         if site.op.crossing is None or by not in site.op.crossing.ways:
             return f"{site.op.name} has no way called {by}"
+        if site.node.attrs["over"]:
+            return f"it runs over {site.node.attrs['over']} already"
         try:
             site.op.infer(*across(site.op, site.homes, site.node.attrs, site.split, by))
         except (PlacementError, TypeMismatch) as error:

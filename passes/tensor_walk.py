@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ..ir import Dim, Graph, Init, Node, OpDef, PlacementError, Replay, TensorType, Value, ops
+from ..ir import Graph, Init, Node, OpDef, PlacementError, Replay, TensorType, Value, ops
 from .outline import inline
 from .remarks import Remark
 from .remedies import Split, inferred, local_reshape, token_bytes
@@ -237,8 +237,3 @@ def placed(graph: Graph, types: Sequence[TensorType], terms: Terms, notes: Notes
             notes.said.append(Remark("missed", "columns", graph.name, f"{why}; every rank does all of it"))
             notes.known[case] = Walk(graph, types, replace(terms, plain=True), notes).run()
     return notes.known[case]
-
-
-def whole_dim(dim: Dim, axis: str) -> Dim:
-    """A dim that is no longer split over an axis."""
-    return Dim(dim.size, tuple(a for a in dim.axes if a != axis)) if axis in dim.axes else dim
