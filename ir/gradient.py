@@ -210,12 +210,25 @@ def reverse(nodes: Sequence[Node], sums: Cotangents, flows: Collection[Value], p
     settle = sums.b.role != "kernel"  # ranks do not talk inside a kernel
     for node in reversed(nodes):
         sums.b.loc = node.loc
-        spared = {node.attrs["axis"]} if node.op in ops.COLLECTIVES else set[str]()  # it may move and add at once
-        given = [(sums.whole(v, spared) if settle else sums.total(v)) if v in flows else None for v in node.outputs]
         asked = [v is not None and v in flows for v in node.inputs]
+        spared = {node.attrs["axis"]} if node.op in ops.COLLECTIVES else set[str]()  # it may move and add at once
+        later = not settle or _passes(node, asked, flows)
+        given = [(sums.total(v) if later else sums.whole(v, spared)) if v in flows else None for v in node.outputs]
         for value, part in zip(node.inputs, pull_node(node, given, asked), strict=True):
             if value is not None and part is not None:
                 sums.add(value, part)
+
+
+def _passes(node: Node, asked: Sequence[bool], flows: Collection[Value]) -> bool:
+    """Whether ranks' parts go on to its one operand as they are: what is added up behind it is no larger."""
+    made = [v for v in node.outputs if v in flows]
+    moves = node.op in ops.COLLECTIVES or bool(node.attrs.get("over"))
+    if not isinstance(node.op, OpDef) or moves or sum(asked) != 1 or len(made) != 1:
+        return False
+    operand, result = node.inputs[[*asked].index(True)], made[0]
+    assert operand is not None
+    sizes = dict.fromkeys(operand.type.symbols | result.type.symbols, 1)
+    return operand.type.dtype == result.type.dtype and operand.type.count(sizes) <= result.type.count(sizes)
 
 
 def pull(

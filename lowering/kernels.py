@@ -8,7 +8,7 @@ from functools import lru_cache
 
 import torch
 
-from ..ir import DTYPES, Graph, PassError, Replay, TypeMismatch, Value, ops, retype
+from ..ir import DTYPES, OPS, Graph, PassError, Replay, TypeMismatch, Value, ops, retype
 from ..ir.gradient import backward
 from ..ir.sizes import value as size_value
 from .forms.precision import own_precision
@@ -163,7 +163,10 @@ def run(graph: Graph, operands: Sequence[Tensor]) -> tuple[Tensor, ...]:
     env: dict[Value | None, Tensor | None] = {None: None, **dict(zip(graph.inputs, operands, strict=True))}
     for node in graph.nodes:
         call, _, _ = choose(node, "cuda")
-        made = call(*(env[v] for v in node.inputs), **node.attrs)
+        # A form knows its op's attributes, not those that say how it runs over a split.
+        own = OPS[node.op.name].attrs
+        attrs = {k: v for k, v in node.attrs.items() if v != own[k]}
+        made = call(*(env[v] for v in node.inputs), **attrs)
         env.update(zip(node.outputs, made if isinstance(made, tuple) else (made,), strict=True))
     return tuple(_own(graph, v, env[v]) for v in graph.outputs)
 
