@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from ..ir import Graph, Node, PlacementError, TensorType, Value, ops, parse_mesh
 from .loss_parts import PARTS
 from .registry import Outcome, register
-from .remedies import Split
 from .samples import readers
+from .splitting import Split
 from .tensor import check_whole
 from .tensor_walk import Notes, Rule, Terms, Walk, placed
 

@@ -11,7 +11,7 @@ from ..ir.signature import Operand, bind, spread
 from .cleanup import dce
 from .registry import Outcome, register
 from .remarks import Remark
-from .remedies import Split, local_reshape
+from .splitting import Split, local_reshape
 
 
 @dataclass(frozen=True)
@@ -103,10 +103,10 @@ class _Sweep:
     def _returns(self, value: Value, move: Move) -> bool:
         """Whether a value was at the other side before, so that nothing travels: it came by an exchange, or is made of such."""
         maker = self.graph.makers.get(value)
+        if maker is not None and maker.is_op("all_to_all"):
+            return Move.of(maker) == move.reversed() and maker.operands[0] not in self.lifted
         if maker is None or value in self.graph.outputs or len(self.graph.uses[value]) > 1:
-            return False
-        if maker.is_op("all_to_all"):
-            return Move.of(maker) == move.reversed()
+            return False  # it would be computed twice
         found = other_side(maker, move)
         return found is not None and all(self._returns(v, m) for v, m in self._travelling(maker, found))
 
@@ -118,7 +118,9 @@ class _Sweep:
     def _there(self, node: Node, found: Operands | None) -> Value:
         """An op's result on the other side, from its operands there."""
         assert found is not None
-        given = [self._operand(node, i, self.replay.env[v], found) if v is not None else None for i, v in enumerate(node.inputs)]
+        given = [
+            self._operand(node, i, self.replay.env[v], found) if v is not None else None for i, v in enumerate(node.inputs)
+        ]
         return self.replay.builder.emit(node.op, given, found.attrs, [node.outputs[0].name], node.loc)[0]
 
     def _operand(self, node: Node, index: int, new: Value, found: Operands) -> Value:

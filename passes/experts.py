@@ -9,7 +9,7 @@ from .batch import RULES as BATCH
 from .batch import over_batch
 from .registry import Outcome, register
 from .remarks import Remark
-from .remedies import Split
+from .splitting import Split
 from .tensor_walk import Rule, Walk
 
 

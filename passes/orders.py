@@ -74,6 +74,11 @@ def in_order(node: Node, tokens: Tokens, zigzag: bool) -> Mapping[str, Any]:
     return {**node.attrs, "order": tokens.order if zigzag else ""} if node.attrs.get("over") == tokens.axis else node.attrs
 
 
+def counts_here(node: Node) -> bool:
+    """Whether ranks count for themselves where their tokens stand, in any order alike."""
+    return node.is_op("positions") and node.attrs["by"] == "here"
+
+
 def is_reorder(node: Node) -> bool:
     """Whether it is there only to bring tokens from one order to another."""
     return (
@@ -138,7 +143,7 @@ def _readers(graph: Graph, source: Mapping[Value, Value]) -> Iterator[tuple[Valu
 def _between(cut: Any, value: Value, maker: Any, readers: Sequence[Any], tokens: Tokens) -> None:
     """The price of a value where its maker and a reader differ, paid once in each direction."""
     price = tokens.price(value.type)
-    if price == 0:
+    if price == 0 or (isinstance(maker, Node) and counts_here(maker)):
         return
     wanted = {} if price is None else {"capacity": price}
     other, same = ("other", value), ("same", value)

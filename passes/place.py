@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 
 from ..ir import Graph, Mesh, PassError, PlacementError, TensorType, Value, mesh_text, parse_mesh
 from .batch import batches
@@ -13,7 +14,8 @@ from .placing import Known, Placing, Plan
 from .plan import plan
 from .registry import Outcome, register
 from .remarks import Remark
-from .remedies import ATTENTION_WAYS, RECURRENCE_WAYS, Split, Wanted
+from .remedies import ATTENTION_WAYS, RECURRENCE_WAYS, Wanted
+from .splitting import Split
 from .tensor import features
 from .verify import reached
 
@@ -43,40 +45,43 @@ def place(
     recurrence: str = "heads",
     order: str = "natural",
     ways: str = "",
+    sequence: bool = False,
     machine: str = "h200",
     batch: int = 1,
     seq: int = 8192,
 ) -> Outcome:
     """Split a program over a mesh: tokens over `cp`, features over `tp`, the batch over `dp`, experts and batch over `ep`.
 
-    Tokens `[b, s]` become `[b, s@cp]`, and ops that must see whole sequences get a remedy. heads: exchange tokens for heads
-    and back. kv, ring: queries stay, keys and values are gathered or pass from rank to rank. states, scan, chain: a
-    recurrence's state crosses ranks. gather: every rank gets whole sequences and does all the work. `ways` forces one by
-    name of a layer, in an order of its own if it says so: 'self_attention=ring:zigzag gdn=chain'. order: zigzag evens causal
-    attention, over the batch's row or each packed segment; inputs come in that order then. auto: a plan for `batch` sequences
-    of `seq` tokens on `machine` says the ways and orders of all layers that `ways` does not (see `plait explain`).
-    Kernels become ops again, so fuse afterwards. With `axis` that axis alone is placed, and splits tokens. The pipeline text
-    quotes a mesh: `place{mesh='dp=2 cp=4'}`. With an axis `ring` beside `cp` tokens are split over both: keys and states pass
-    along the ring, heads are exchanged over cp.
+    heads: exchange tokens for heads and back. kv, ring: queries stay, keys and values are gathered or pass from rank to rank.
+    states, scan, chain: a recurrence's state crosses ranks. gather: everything everywhere. `ways` forces a layer by its name,
+    in an order of its own if it says so: 'self_attention=ring:zigzag gdn=chain'. order: zigzag evens causal attention, over
+    the row or each packed segment; inputs come in that order then. auto: a plan for `batch` sequences of `seq` tokens on
+    `machine` says what `ways` does not. With `axis` that one alone is placed, and splits tokens; with an axis `ring` beside
+    `cp` keys and states pass along it, heads are exchanged over cp. With `sequence`, norms and residuals run on tokens that
+    are split over `tp` too. Quote a mesh: `place{mesh='dp=2 cp=4'}`; then fuse.
     """
     whole, said = parse_mesh(mesh), list[Remark]()
     if AUTO in (attention, recurrence):
         order, ways = _planned(graph, whole, axis or "cp", load_machine(machine), ways, batch, seq)
         said.append(Remark("passed", AUTO, "", f"order={order} ways='{ways}', planned for {batch} x {seq} tokens on {machine}"))
-    for name in [] if axis else _known(whole):
-        if name in AXES:
-            graph, more = AXES[name][1](graph, Split(name, whole[name], mesh=whole))
-            said += more
+    made = _others(graph, whole, said, sequence) if not axis else graph
     wanted = Wanted(attention.replace(AUTO, "heads"), recurrence.replace(AUTO, "heads"))
     if "ring" in whole and not axis:
-        split = Split("ring", whole["ring"], _order(order, whole["ring"]), whole)
-        graph, more = _tokens(graph, split, _around(attention, recurrence), "")
-        said, order = [*said, *more], "natural"
-    tokens = axis or ("cp" if "cp" in whole else "")
-    if tokens:
-        graph, more = _tokens(graph, Split(tokens, whole[tokens], _order(order, whole[tokens]), whole), wanted, ways)
-        said += more
-    return graph, tuple(said)
+        made = _tokens(made, _split(whole, "ring", order), _around(wanted), "", said)
+        order = "natural"
+    if tokens := axis or ("cp" if "cp" in whole else ""):
+        made = _tokens(made, _split(whole, tokens, order), wanted, ways, said)
+    return made, tuple(said)
+
+
+def _others(graph: Graph, mesh: Mesh, said: list[Remark], sequence: bool) -> Graph:
+    """The graph over the axes that split no tokens; with `sequence`, `tp` splits those of norms and residuals."""
+    for name in _known(mesh):
+        if name in AXES:
+            run = partial(features, sequence=sequence) if name == "tp" else AXES[name][1]
+            graph, more = run(graph, Split(name, mesh[name], mesh=mesh))
+            said += more
+    return graph
 
 
 def _planned(graph: Graph, mesh: Mesh, axis: str, machine: Machine, ways: str, batch: int, seq: int) -> tuple[str, str]:
@@ -96,24 +101,27 @@ def _known(mesh: Mesh) -> list[str]:
     return [name for name in known if name in mesh]
 
 
-def _around(attention: str, recurrence: str) -> Wanted:
+def _around(wanted: Wanted) -> Wanted:
     """The ways over the outer of two axes that split tokens, the inner of which exchanges heads."""
-    return Wanted(attention if attention == "kv" else "ring", recurrence if recurrence in ("states", "scan") else "chain")
+    recurrence = wanted.recurrence if wanted.recurrence in ("states", "scan") else "chain"
+    return Wanted(wanted.attention if wanted.attention == "kv" else "ring", recurrence)
+
+
+def _split(mesh: Mesh, axis: str, order: str) -> Split:
+    return Split(axis, mesh[axis], _order(order, mesh[axis]), mesh)
 
 
 def _order(order: str, ranks: int) -> str:
     return {"natural": "", "zigzag": f"zigzag({ranks})", "zigzag-packed": f"zigzag({ranks},packed)"}[order]
 
 
-def _tokens(graph: Graph, split: Split, wanted: Wanted, ways: str) -> Outcome:
+def _tokens(graph: Graph, split: Split, wanted: Wanted, ways: str, said: list[Remark]) -> Graph:
     """Tokens over an axis."""
     if placed := next((v for g in reached(graph) for v in _values(g) if split.lives(v.type)), None):
         why = f"{placed.name} is {placed.type}, split over {split.axis} already"
         raise PassError(f"{graph.name}: {why}; place takes a program that is whole along {split.axis}")
-    known, said = Known(), list[Remark]()
     plan = Plan(split, wanted, *_forced(graph, ways, split.ranks))
-    made = Placing(graph, _inputs(graph, split), plan, known, said).run()
-    return made, tuple(said)
+    return Placing(graph, _inputs(graph, split), plan, Known(), said).run()
 
 
 def _forced(graph: Graph, ways: str, ranks: int) -> tuple[dict[str, Wanted], dict[str, str]]:

@@ -10,26 +10,8 @@ from typing import Any
 from ..ir import Graph, Node, OpDef, PlacementError, Replay, TensorType, Value, ops
 from .outline import inline
 from .remarks import Remark
-from .remedies import (
-    MIXING,
-    REMEDIES,
-    Remedy,
-    Site,
-    Split,
-    Wanted,
-    across,
-    aligned,
-    choices,
-    inferred,
-    local_reshape,
-    of_keys,
-    repeats,
-    result_letters,
-    section_groups,
-    sections_of,
-    token_bytes,
-    token_letters,
-)
+from .remedies import MIXING, REMEDIES, Remedy, Site, Wanted, across, choices, of_keys, repeats, section_groups, sections_of
+from .splitting import Split, aligned, inferred, local_reshape, result_letters, token_bytes, token_letters
 from .tokens import tokens_of
 
 

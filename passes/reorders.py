@@ -9,7 +9,7 @@ from typing import Any
 from ..ir import Graph, Node, PassError, Replay, TensorType, Value, ops, parse_mesh
 from ..ir.orders import Zigzag, parse_order
 from .exchanges import token_bytes
-from .orders import RESULTS, Labels, Tokens, behind, in_order, is_reorder, orders
+from .orders import RESULTS, Labels, Tokens, behind, counts_here, in_order, is_reorder, orders
 from .outline import inline
 from .registry import Outcome, register
 from .remarks import Remark
@@ -31,6 +31,8 @@ def move_reorders(graph: Graph, *, mesh: str = "cp=2", axis: str = "cp", copy: f
     moving = _Moving(tokens, {})
     labels, _ = orders(flat, tokens, moving.cost, None)
     made = _Emit(flat, labels, tokens, moving).run()
+    if made == flat:
+        return graph, (Remark("missed", "move-reorders", graph.name, "reorders are where they cost least"),)
     before, after = [*_reorders(flat)], [*_reorders(made)]
     told = f"{_told(before)} become {_told(after)}"
     return made, (Remark("passed", "move-reorders", graph.name, told),)
@@ -137,8 +139,18 @@ class _Emit:
         if dim is None or new.type == self.tokens.ordered(new.type, zigzag):
             return new
         if (root, zigzag) not in self.copies:
-            self.copies[root, zigzag] = self._reordered(new, dim, zigzag)
+            maker = self.graph.makers.get(root)
+            again = maker is not None and counts_here(maker)
+            self.copies[root, zigzag] = self._counted(maker, zigzag) if maker and again else self._reordered(new, dim, zigzag)
         return self.copies[root, zigzag]
+
+    def _counted(self, node: Node, zigzag: bool) -> Value:
+        """Positions of tokens as if these stood in another order: nothing moves, since only where they stand is read."""
+        b, wanted = self.replay.builder, self.tokens.order if zigzag else ""
+        tokens, *rest = (self._at(v, self.labels[node]) if v is not None else None for v in node.inputs)
+        assert tokens is not None
+        there = b.emit(ops.relabel, [tokens], {"dim": 1, "order": wanted, "was": tokens.type.dims[1].order}, [tokens.name])
+        return b.emit(ops.positions, [*there, *rest], in_order(node, self.tokens, zigzag), [node.outputs[0].name], node.loc)[0]
 
     def _reordered(self, value: Value, dim: int, zigzag: bool) -> Value:
         place = value.type.dims[dim]

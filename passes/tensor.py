@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ..ir import Graph, Node, OpDef, PassError, TensorType, Value, ops, parse_mesh
 from .registry import Outcome, register
 from .remarks import Remark
-from .remedies import Split
+from .splitting import Split
 from .tensor_rules import RULES
 from .tensor_walk import Notes, Rule, Terms, Walk, placed
 from .verify import reached

@@ -9,7 +9,7 @@ from typing import Any
 from ..ir import Graph, Init, Node, OpDef, PlacementError, Replay, TensorType, Value, ops
 from .outline import inline
 from .remarks import Remark
-from .remedies import Split, inferred, local_reshape, token_bytes
+from .splitting import Split, inferred, local_reshape, token_bytes
 
 Types = Sequence[TensorType | None]
 TOKENS = 1  # the dim of tokens: [batch, tokens, ...]
