@@ -16,6 +16,7 @@ from plait.passes import DEFAULT, Pipeline
 from plait.runtime import CompiledModel, Variant, read_metadata
 from plait.runtime.layout import layout_of
 from plait.runtime.mesh import here, together, within
+from plait.runtime.module import shifted
 from plait.runtime.placed import Batch, PlacedModel
 
 Spec = ModelSpec | str | Path | Mapping[str, Any]
@@ -116,11 +117,12 @@ def shard_batch(
 ) -> Batch:
     """This rank's part of a batch that every rank has whole, to be given as `model.loss(*batch, local=True)`.
 
-    Tokens are split and put in order as the model's program wants them; without labels each token's next one is it.
+    Tokens are split and put in order as the model's program wants them; without labels each token's next one is it. The part
+    of a model in one process is all of it.
     """
-    if not isinstance(model, PlacedModel):
-        raise PlaitError("shard_batch: the model runs in one process, which takes the whole batch; compile it with mesh='cp=2'")
-    return model.shard(tokens, labels, cu)
+    if isinstance(model, PlacedModel):
+        return model.shard(tokens, labels, cu)
+    return Batch(tokens, shifted(tokens, cu) if labels is None else labels, cu)
 
 
 def load(path: str | Path, **options: Any) -> CompiledModel:

@@ -61,7 +61,7 @@ def train_command(
     dtype: Annotated[Arithmetic | None, typer.Option(help="Arithmetic, f32 or bf16; weights stay f32.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Of weights and batches; 0.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run's last checkpoint, with its options.")] = False,
-    mesh: Annotated[str, typer.Option(help="Axes and ranks, cp=2 or dp=2, under `torchrun --nproc-per-node 2 -m plait`.")] = "",
+    mesh: Annotated[str, typer.Option(help="Axes and ranks, cp=2, under `torchrun --nproc-per-node 2 -m -- plait`.")] = "",
     place: Annotated[str, typer.Option(help="Options of the pass place, such as 'attention=heads'.")] = "",
     eager: Eager = False,
     as_json: Json = False,

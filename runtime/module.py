@@ -68,11 +68,13 @@ class CompiledModel(torch.nn.Module):
     # -- use ------------------------------------------------------------------------------
 
     def forward(
-        self, tokens: Tensor, cu: Tensor | None = None, seed: Tensor | None = None, *, labels: Tensor | None = None
-    ) -> Tensor:
+        self, tokens: Tensor, cu: Tensor | None = None, seed: Tensor | None = None, *, labels: Tensor | None = None,
+        local: bool = False,
+    ) -> Tensor:  # fmt: skip
         """Logits [b, s, vocab] of tokens i64[b, s]; `cu` i64[n+1] are the borders of segments packed in one row.
 
-        With labels it is the loss: wrappers such as DistributedDataParallel see calls of the module alone.
+        With labels it is the loss: wrappers such as DistributedDataParallel see calls of the module alone. `local` says that
+        tokens and labels are one rank's part, which in one process is all of them.
         """
         if labels is not None:
             return self.loss(tokens, labels, cu, seed)
@@ -84,8 +86,9 @@ class CompiledModel(torch.nn.Module):
         return self(tokens, cu, seed)
 
     def loss(
-        self, tokens: Tensor, labels: Tensor | None = None, cu: Tensor | None = None, seed: Tensor | None = None
-    ) -> Tensor:
+        self, tokens: Tensor, labels: Tensor | None = None, cu: Tensor | None = None, seed: Tensor | None = None, *,
+        local: bool = False,
+    ) -> Tensor:  # fmt: skip
         """Mean cross entropy, plus the spec's balance losses.
 
         labels[b, t] is the token wanted after position t, -100 where none is; without labels the tokens themselves,

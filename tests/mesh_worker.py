@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -34,6 +35,7 @@ class Case:
     place: str = ""
     segments: tuple[int, ...] = ()
     spec: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    options: Mapping[str, Any] = field(default_factory=dict[str, Any])  # of `compile`, on the mesh
 
 
 CASES = {
@@ -44,6 +46,7 @@ CASES = {
     "ring in zigzag": Case("*G", place="attention=ring order=zigzag"),
     "chain": Case("MG", place="recurrence=chain"),
     "kv, packed": Case("*", place="attention=kv", segments=(3, 14, 0, 7)),
+    "row kernels": Case("-", options={"target": "interpreter", "dtype": "f32"}),
     "rows": Case("M*E", mesh="dp=2"),
     "features": Case("M*G", mesh="tp=2"),
     "experts": Case("E*", mesh="ep=2"),
@@ -104,7 +107,7 @@ def models() -> dict[str, Tensor]:
     found, joined = dict[str, Tensor](), here().mesh
     for name, case in CASES.items():
         if case.mesh.partition("=")[0] in joined:
-            model = compiled(case, mesh=case.mesh, place=case.place)
+            model = compiled(case, mesh=case.mesh, place=case.place, **case.options)
             assert isinstance(model, PlacedModel)
             found |= {f"{name}/whole/{k}": x for k, x in measured(model, case).items()}
             found |= {f"{name}/part/{k}": x for k, x in by_parts(model, case).items()}
@@ -190,13 +193,13 @@ def stored(out: Path) -> dict[str, Tensor]:
     model.save_sharded(out / "shards")
     model.save(out / "mesh.safetensors")
     found = {f"split/{n}": p.detach().clone() for n, p in model.named_parameters()}
-    with torch.no_grad():
-        for p in model.parameters():
-            p.zero_()
-    model.load_sharded(out / "shards")
-    assert all(torch.equal(p, found[f"split/{n}"]) for n, p in model.named_parameters())
-    model.load(out / "mesh.safetensors")
-    assert all(torch.equal(p, found[f"split/{n}"]) for n, p in model.named_parameters())
+    shards, one = (partial(model.load_sharded, out / folder) for folder in ("shards", "one"))
+    for read in (shards, one, partial(model.load, out / "mesh.safetensors")):
+        with torch.no_grad():
+            for p in model.parameters():
+                p.zero_()
+        read()
+        assert all(torch.equal(p, found[f"split/{n}"]) for n, p in model.named_parameters())
     gradients = {f"split/d {n}": p.grad for n, p in model.named_parameters() if p.grad is not None}
     return found | gradients | {"split/loss": loss.detach()}
 
