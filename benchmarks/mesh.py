@@ -30,7 +30,7 @@ from measure import DISTURBED, read_clock
 from mesh_peers import Params, Sizes, Wire, fla, megatron, order_of, whole
 from plait.frontends.layers import MIXERS, Layer
 from plait.frontends.load import load_spec
-from plait.ir import Builder, Graph, TensorType, Value, arranged, parameters, scatter, tensor_type
+from plait.ir import Builder, Graph, PlaitError, TensorType, Value, arranged, parameters, scatter, tensor_type
 from plait.lowering import lower
 from plait.lowering.forms.traffic import count_anew, traffic
 from plait.passes import DEFAULT, Pipeline
@@ -71,8 +71,11 @@ def main() -> None:
     if args.rank is None:
         return launch(args)
     torch.set_num_threads(args.threads)
-    place = init(f"cp={args.ranks}", device="cpu", store=args.store, timeout=600.0)
-    records = run(args, place)
+    try:
+        place = init(f"cp={args.ranks}", device="cpu", store=args.store, timeout=600.0)
+        records = run(args, place)
+    except PlaitError as error:
+        sys.exit(f"rank {args.rank}: {error}")
     close()
     if place.rank == 0:
         report(args, records)
@@ -96,6 +99,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--store", help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.tokens, args.samples = args.tokens or (1024 if args.quick else 4096), args.samples or (3 if args.quick else 7)
+    if args.tokens % (2 * args.ranks):
+        parser.error(f"--tokens is {args.tokens}, must be a multiple of {2 * args.ranks}: Megatron-core's tokens are a zigzag")
+    if args.key_heads % args.ranks or args.value_heads % args.key_heads:
+        parser.error("--key-heads must be a multiple of --ranks, and --value-heads of --key-heads")
     return args
 
 

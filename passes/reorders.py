@@ -24,6 +24,8 @@ def move_reorders(graph: Graph, *, mesh: str = "cp=2", axis: str = "cp", copy: f
     are in one order at their borders; inputs of the program come in whichever order is best, as their types then say.
     """
     parse_mesh(mesh)[axis]  # an axis of the mesh, or a clear error
+    if not 0.0 <= copy < float("inf"):
+        raise PassError(f"move-reorders: copy is {copy}, must be at least 0: what a copied byte costs of one that is sent")
     flat = _inlined(graph)
     tokens = _tokens(flat, axis, copy)
     if tokens is None:

@@ -40,7 +40,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {  # attributes whose other values t
     "reshape": [{"pattern": "b t d -> b (t d)"}, {"pattern": "... d -> d ..."}, {"pattern": "... (h d=2) -> ... d h"}],
 }  # fmt: skip
 UNSPLIT = (  # letters of role map that an attribute keeps whole
-    ("reorder", {}, "...1"), ("relabel", {}, "...1"), ("reshape", {"pattern": "b t (h=2 d) -> b h t d"}, "...2"), ("spread_rows", {"mean": True}, "d"),
+    ("reorder", {}, "...1"), ("reshape", {"pattern": "b t (h=2 d) -> b h t d"}, "...2"), ("spread_rows", {"mean": True}, "d"),
     ("reshape", {"pattern": "b t d -> b (t d)"}, "...2"),
 )  # fmt: skip
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from plait.ir import Graph, parse
-from plait.passes import differentiate, place
+from plait.passes import Pipeline, differentiate, place
 from plait.passes.tensor import split_features
 
 ATTENTION = """
@@ -102,6 +102,35 @@ def f(x: f64[b, s@cp:zigzag(2), 6]):
     y = reorder(x, was='zigzag(2)', over='cp', by='exchange')
     return y
 """
+LAYER = """
+def f(x: f64[b, s, 5], *, w: f64[26, 5] = normal(0.5), c: f64[22, 4] = normal(0.5)):
+    p = linear(x, w)
+    y, g, r = split(p, sizes=(22, 2, 2))
+    n, end = causal_conv1d(y, c)
+    a, e, v0 = split(n, sizes=(6, 6, 10))
+    q1 = reshape(a, pattern='... (h=2 d) -> ... h d')
+    k1 = reshape(e, pattern='... (h=2 d) -> ... h d')
+    q = l2_norm(q1)
+    k = l2_norm(k1)
+    v = reshape(v0, pattern='... (h=2 d) -> ... h d')
+    step = softplus(g)
+    decay = scale(step, by=-0.5)
+    beta = sigmoid(r)
+    o, final = gated_delta_rule(q, k, v, decay, beta)
+    m = reshape(o, pattern='b t h d -> b t (h d)')
+    return m
+"""
+EXPERTS = """
+def f(x: f64[b, s, 6], *, r: f64[4, 6] = normal(0.5), w: f64[4, 8, 6] = normal(0.5), c: f64[4, 6, 8] = normal(0.5)):
+    l = linear(x, r)
+    weights, chosen = route(l, k=2)
+    rows, order, counts = dispatch(x, chosen, e=4)
+    h = grouped_linear(rows, w, counts)
+    a = silu(h)
+    y = grouped_linear(a, c, counts)
+    z = combine(y, order, weights)
+    return z
+"""
 
 
 @dataclass(frozen=True)
@@ -137,6 +166,11 @@ def over(**options: Any) -> Callable[[Graph], Graph]:
 def features(**options: Any) -> Callable[[Graph], Graph]:
     """Features over ranks."""
     return lambda graph: split_features(graph, **options)[0]
+
+
+def through(pipeline: str) -> Callable[[Graph], Graph]:
+    """Passes by name."""
+    return lambda graph: Pipeline.parse(pipeline).run(graph)
 
 
 def written(text: str) -> Callable[[Graph], Graph]:
@@ -176,5 +210,10 @@ PROGRAMS = {
     "mlp, sequence": Program(MLP, features(sequence=True)),
     "words": Program(WORDS, features()),
     "head": Program(HEAD, written(HEAD.replace("12,", "12@tp,").replace("labels)\n", "labels, over='tp', by='vocabulary')\n"))),
+    "packed features": Program(LAYER, through("place,hoist-exchanges,merge-exchanges,fold-orders,dce")),
+    "overlap": Program(LAYER, through("place,overlap,dce")),
+    "experts": Program(EXPERTS, through("place{mesh='ep=2'}")),
+    "batch": Program(LOSS, through("place{mesh='dp=2'}")),
+    "two axes": Program(ATTENTION, through("place{mesh='cp=2,tp=2' attention=ring}")),
     "exchange": Program("def f(x: f64[b, s, 6]):\n    return x\n", written(REORDER)),
 }

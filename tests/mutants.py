@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from plait.ir import Graph, PlaitError, dump, ops, orders, parse
-from plait.ir.crossing import Gather, Here, Hop
+from plait.ir.crossing import Exchange, Gather, Here, Hop
 from plait.ir.ways import attention, recurrence
 from plait.passes import check_types, placing, validate
 
@@ -25,6 +25,8 @@ from tests.mutant_programs import PROGRAMS, Program
 KINDS = ("types", "operands", "lockstep", "values", "gradients")
 CALLS = sys.modules["plait.ir.op"]  # a face of ir has the name of this module for its decorator
 LINEAR_LOSS, CONV = ops.linear_cross_entropy, ops.causal_conv1d
+_PARTED = r"(\w+), (\w+), (\w+) = (split\(\w+, sizes=\(11, 1, 1\))"
+_STORED = r"(sections\(2,6),6,10,((?:.|\n)*sections\(2,6),6,10,"
 
 # name, program, what is planted, what catches it
 _TABLE: list[tuple[str, str, Plant, str]] = [
@@ -52,7 +54,13 @@ _TABLE: list[tuple[str, str, Plant, str]] = [
     ("a gradient's sum left out", "mlp, back", Left("all_reduce", r"d_\w+"), "types"),
     ("a weight's gradient called whole", "gather", Entry(ops.outer.roles, "...", "map"), "values"),
     ("taps' gradients called whole", "conv, back", Patch(ops.conv1d_taps, "crossing", m.called_whole), "values"),
+    ("a sum over another axis", "two axes", Edit(r"all_reduce\(z, axis='tp'\)", "all_reduce(z, axis='cp')"), "types"),
+    ("a way over another axis", "two axes", Edit(r"over='cp', by='ring'", "over='tp', by='ring'"), "types"),
+    ("an exchange read before its end", "overlap", Left("end_all_to_all", "decay1"), "types"),
     # sections and heads
+    ("what travels together parted wrongly", "packed features", Edit(_PARTED, r"\1, \3, \2 = \4"), "values"),
+    ("rows stored in order, read as natural", "packed features", Edit(r"(w: f64\[26):sections\([\d,]*\)", r"\1"), "types"),
+    ("rows stored in the order of other sections", "packed features", Edit(_STORED, r"\1,10,6,\2,10,6,"), "values"),
     ("sections swapped in a parameter", "mlp", Edit(r"sections\(2,8,8,4\)", "sections(2,8,4,8)"), "types"),
     ("sections forgotten in a parameter", "mlp", Edit(r":sections\(2,8,8,4\)", ""), "types"),
     ("sections cut as one plain slice", "mlp", Patch(orders, "_of_sections", m.side_by_side), "values"),
@@ -96,6 +104,11 @@ _TABLE: list[tuple[str, str, Plant, str]] = [
     ("a conv over split tokens without a way", "conv", Edit(r", over='cp', by='halo'", ""), "types"),
     ("a gradient's halo left out", "conv, back", OtherWay(ops.anticausal_conv1d, "halo", hears(m.nothing)), "gradients"),
     ("taps' gradients without the halo", "conv, back", OtherWay(ops.conv1d_taps, "halo", hears(m.nothing)), "gradients"),
+    # experts and batches
+    ("rows sent back to other ranks", "experts", OtherWay(ops.return_rows, "exchange", hears(m.turned, Exchange)), "values"),
+    ("rows for other experts", "experts", OtherWay(ops.send_rows, "exchange", hears(m.turned, Exchange)), "values"),
+    ("counts of own rows for those that came", "experts", Left("reduce_scatter", "counts"), "types"),
+    ("a mean over own labels alone", "batch", Left("all_reduce", "y3"), "types"),
     # losses
     ("a mean of ranks' means", "loss", OtherWay(LINEAR_LOSS, "sums", m.means), "values"),
     ("ignored labels counted", "loss", OtherWay(LINEAR_LOSS, "sums", m.all_labels), "values"),

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
-from plait.ir import dump
+import torch
+from plait.ir import crossing, dump
+from plait.ir.crossing import Exchange, Gather, Hop, Moving, ScatterSum, Shift, Sum, Swap, answered
 from plait.passes import check_types, validate
 from plait.passes.placing import Pack
 
 from tests.mutant_plants import Edit, Left, Lost, OtherWay, Patch
 from tests.mutant_programs import PROGRAMS
 from tests.mutants import KINDS, MUTANTS, Mutant, judged, main, verdict
+
+Tensor = torch.Tensor
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
@@ -65,3 +71,44 @@ def test_a_patch_of_what_is_not_there_is_lost() -> None:
     with pytest.raises(KeyError):
         op = next(m.plant.op for m in MUTANTS if isinstance(m.plant, OtherWay))
         verdict(Mutant("lost", "heads", OtherWay(op, "no such way", lambda run: run), "types"))
+
+
+# -- what a backward asks for, which processes alone would show -------------------------------
+
+RANKS = 3
+ASKED: dict[str, Callable[[int, Tensor], Moving]] = {
+    "shift": lambda rank, x: Shift(x[0], 1),
+    "shift back by two": lambda rank, x: Shift(x[0], -2),
+    "shift along the line": lambda rank, x: Shift(x[0], 1, ring=False),
+    "gather": lambda rank, x: Gather(x[0]),
+    "scatter-sum": lambda rank, x: ScatterSum(x),
+    "sum": lambda rank, x: Sum(x[0]),
+    "hop": lambda rank, x: Hop(x[0], 2, 0),
+    "swap": lambda rank, x: Swap(x),
+    "exchange": lambda rank, x: Exchange(x[: sum(SENT[rank])], SENT[rank], tuple(row[rank] for row in SENT)),
+}
+SENT = ((0, 1, 2), (1, 1, 0), (2, 0, 1))
+
+
+def lopsided(asked: Callable[[int, Tensor], Moving]) -> float:
+    """How far <what ranks hear, d> is from <what they said, what the transposed requests hear>."""
+    requests = [asked(rank, torch.randn(RANKS, 5, dtype=torch.float64)) for rank in range(RANKS)]
+    heard = answered(requests)
+    ds = [torch.randn_like(y) for y in heard]
+    back = answered([crossing.transposed(r, d) for r, d in zip(requests, ds, strict=True)])
+    return abs(_inner(heard, ds) - _inner([r.x for r in requests], back))
+
+
+def _inner(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> float:
+    return sum(float((x * y).sum()) for x, y in zip(xs, ys, strict=True))
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_a_backward_asks_for_the_transpose(name: str) -> None:
+    assert lopsided(ASKED[name]) < 1e-12
+
+
+@pytest.mark.parametrize("name", ["shift", "shift back by two", "shift along the line", "hop"])
+def test_a_backward_that_asks_for_the_same_again_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(crossing, "transposed", lambda request, d: replace(request, x=d))
+    assert lopsided(ASKED[name]) > 1e-3

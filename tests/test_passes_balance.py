@@ -104,7 +104,10 @@ def test_causal_attention_is_evened_and_stays_what_it_is(packed: bool) -> None:
     torch.testing.assert_close(simulate(layer, Mesh((("cp", 2),)), *given, params=sample.params), want, rtol=1e-10, atol=1e-10)
 
 
-TEXT = "def f(q: f64[b, s@cp, 4, 3], k: f64[b, s@cp, 2, 3], v: f64[b, s@cp, 2, 3]):\n    o = attention(q, k, v, {})\n    return o\n"
+TEXT = """def f(q: f64[b, s@cp, 4, 3], k: f64[b, s@cp, 2, 3], v: f64[b, s@cp, 2, 3]):
+    o = attention(q, k, v, {})
+    return o
+"""
 
 
 @pytest.mark.parametrize(

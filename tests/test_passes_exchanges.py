@@ -110,6 +110,28 @@ return a, c"""
     same(graph, after)
 
 
+HOME = "x: f64[b, s@cp, 4, 3], z: f64[b, s@cp, 12]"
+
+
+def test_a_gate_that_would_travel_both_ways_stays_home() -> None:
+    body = """o = all_to_all(x, axis='cp', src=1, dst=2)
+g = all_to_all(z, axis='cp', src=1, dst=2)
+s = silu(g)
+p = reshape(s, pattern='... (h d=3) -> ... h d')
+m = mul(o, p)
+y = all_to_all(m, axis='cp', src=2, dst=1)
+return y, o"""
+    graph = text(body, HOME)
+    after, _ = hoist_exchanges(graph)
+    assert moved(after) == ["f64[b, s@cp, 4, 3]"], "o travels, since it is a result; the gate does not"
+    same(graph, after)
+    early = text(body.replace("all_to_all(z", "all_to_all(t").replace("o = all", "t = sigmoid(z)\no = all"), HOME)
+    assert moved(hoist_exchanges(early)[0]) == ["f64[b, s@cp, 4, 3]"]
+    same(early, hoist_exchanges(early)[0])
+    used = text(body.replace("return y, o", "return y, o, p"), HOME)
+    assert len(exchanges(hoist_exchanges(used)[0])) == 3, "what is read there is there anyway"
+
+
 def test_heads_are_parted_behind_the_exchange() -> None:
     body = "y = reshape(x, pattern='... (h=4 d) -> ... h d')\no = all_to_all(y, axis='cp', src=1, dst=2)\nreturn o"
     graph = text(body, "x: f64[b, s@cp, 12]")

@@ -168,8 +168,19 @@ def test_a_program_in_zigzag_order_throughout_comes_in_natural_order_where_that_
     after, _ = move_reorders(placed, mesh="cp=2")
     types = [str(v.type) for v in after.inputs]
     assert types[0] == "i64[b, s@cp]", "tokens come in natural order, as the recurrences want them"
+    assert [n.operands[0].type.is_float for n in reorders(after)] == [True], "positions are counted, not sent"
     assert len(reorders(after)) < sum(len(reorders(n.op)) for n in placed.nodes if isinstance(n.op, Graph))
     same(hybrid(), after)
+
+
+@pytest.mark.parametrize("mesh", ["cp=2 tp=2", "dp=2 cp=2"])
+def test_other_axes_of_the_mesh_do_not_matter(mesh: str) -> None:
+    graph = build(load_spec(LONG), task="loss", dtype="f64")
+    placed, _ = place(graph, mesh=mesh, attention="ring", order="zigzag")
+    after, _ = move_reorders(placed, mesh=mesh)
+    assert not any(reorders(g) for g in after.layers) and 0 < len(reorders(after)) <= 3
+    steps = f"hoist-exchanges,merge-exchanges{{mesh='{mesh}'}},fold-orders,overlap"
+    same(graph, Pipeline.parse(steps).run(after))
 
 
 def test_segments_are_reordered_by_their_borders() -> None:
@@ -237,6 +248,17 @@ def test_what_cannot_move_stays() -> None:
     plain = parse("def f(x: f64[b, s@cp, 3]):\n    y = silu(x)\n    return y\n")
     after, said = move_reorders(plain, mesh="cp=2")
     assert after is plain and said[0].why == "tokens are in one order everywhere"
+
+
+def test_a_price_below_nothing_and_a_mesh_without_the_axis_are_refused() -> None:
+    graph = parse("def f(x: f64[b, s@cp, 3]):\n    y = silu(x)\n    return y\n")
+    for options, error, why in (
+        ({"copy": -1.0}, PassError, "must be at least 0"),
+        ({"copy": float("nan")}, PassError, "must be at least 0"),
+        ({"mesh": "tp=2"}, PlacementError, "no axis called cp"),
+    ):
+        with pytest.raises(error, match=why):
+            move_reorders(graph, **options)
 
 
 def test_two_orders_beside_the_natural_one_are_refused() -> None:

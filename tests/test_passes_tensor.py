@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from plait.ir import Graph, Mesh, ParseError, PassError, PlacementError, PlaitError, parse
+from plait.ir import (
+    Graph,
+    Mesh,
+    ParseError,
+    PassError,
+    PlacementError,
+    PlaitError,
+    evaluate,
+    gather,
+    ops,
+    parse,
+    scatter,
+    simulate,
+)  # fmt: skip
 from plait.ir.ops import reorder, split
+from plait.lowering.local import local_kernel
 from plait.passes import Pipeline, check_types, differentiate, place, split_features, validate
+from plait.passes.samples import shape
 
 from tests.tensor_cases import TINY, agree, agree_on, layer, lines, moves, preset, types, wide
 
@@ -138,6 +155,15 @@ def test_one_sum_a_layer() -> None:
     }
 
 
+def test_one_sum_a_layer_on_the_way_back() -> None:
+    made = differentiate(split_features(wide())[0])[0]
+    found = {g.name.removesuffix("_backward"): moves(g) for g in made.layers if g.name.endswith("_backward")}
+    assert found["mlp"] == found["self_attention"] == found["gdn"] == found["head"] == {"all_reduce": 1}
+    moe = layer(made, "moe_backward")
+    summed = [str(n.outputs[0].type) for n in moe.nodes if n.is_op("all_reduce")]
+    assert summed == ["f64[b, s, 1]", "f64[b, s, 2]", "f64[b, s, 20]"]  # of the gate, of the weights, of tokens: not of rows
+
+
 def test_tokens_are_split_between_layers() -> None:
     after, _ = split_features(wide("logits"), sequence=True)
     mlp = layer(after, "mlp")
@@ -161,6 +187,14 @@ def test_norms_of_heads_and_of_split_tokens_have_gradients_in_parts() -> None:
 def test_tokens_and_batch_split_as_well() -> None:
     before = wide(packed=True)
     agree(before, place(before, mesh="tp=2 cp=2", attention="kv", recurrence="states")[0])
+
+
+def test_tokens_between_layers_split_over_both_axes() -> None:
+    before = wide(blocks=["gdn", "attention", "moe"])
+    options = {"order": "zigzag", "attention": "ring", "recurrence": "chain"}
+    after, _ = place(before, mesh="tp=2 cp=2", sequence=True, **options)
+    assert {str(g.inputs[0].type) for g in after.layers} == {"f64[b, s@cp@tp:zigzag(2), 20]"}
+    agree(before, after, gradients=True)
 
 
 def test_a_name_on_the_command_line() -> None:
@@ -196,6 +230,75 @@ def test_a_vocabulary_that_does_not_part_stays_whole() -> None:
     after, _ = split_features(before)
     assert types(after) == {"embed": "[61, 20]", "head": "[61, 20]"} and "linear_cross_entropy(" in str(after)
     agree(before, after)
+
+
+RECURRENCE = """
+def f(x: f64[b, s, 5], *, w: f64[{wide}, 5] = normal(0.5), {params}v: f64[5, 30] = normal(0.5)):
+    y = linear(x, w)
+    {names} = split(y, sizes=({sizes}))
+    q1 = reshape(q, pattern='... (h={g} d) -> ... h d')
+    k1 = reshape(k, pattern='... (h={g} d) -> ... h d')
+    k2 = l2_norm(k1)
+    u1 = reshape(u, pattern='... (h=6 d) -> ... h d')
+{gates}
+    o, end = {face}(q1, k2, u1, {given}scale=0.1)
+    m = reshape(o, pattern='b t h d -> b t (h d)')
+    z = linear(m, v)
+    return z
+"""
+
+
+def recurrence(face: Any, g: int) -> Graph:
+    """A projection, a recurrence of g key heads and six heads, and a projection."""
+    traits, given, gates = ops.FAMILY[face], list[str](), list[str]()
+    sizes = {"q": 4 * g, "k": 4 * g, "u": 30}
+    if traits.decay in ("head", "channel"):
+        sizes["a"] = 6 if traits.decay == "head" else 24
+        heads = "a1 = reshape(a, pattern='... (h=6 d) -> ... h d')\n    " if traits.decay == "channel" else ""
+        gates.append(f"{heads}decay = neg_exp({'a1' if heads else 'a'})")
+        given.append("decay")
+    elif traits.decay == "constant":
+        gates.append("decay = neg_exp(rate)")
+        given.append("decay")
+    if traits.beta:
+        sizes["b"] = 6
+        gates.append("beta = sigmoid(b)")
+        given.append("beta")
+    return parse(
+        RECURRENCE.format(
+            wide=sum(sizes.values()), names=", ".join(sizes), sizes=", ".join(map(str, sizes.values())), g=g, face=face.name,
+            gates="\n".join(f"    {x}" for x in gates), given="".join(f"{x}, " for x in given),
+            params="rate: f64[6] = normal(0.1), " if traits.decay == "constant" else "",
+        )
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("g", [6, 3])
+@pytest.mark.parametrize("face", ops.FAMILY, ids=lambda face: face.name)
+def test_every_recurrence(face: Any, g: int) -> None:
+    """Three key heads are two each for two ranks: they are whole in front, and repeated."""
+    before = recurrence(face, g)
+    after, _ = split_features(before)
+    assert moves(after) == ({"all_reduce": 1} if g == 6 else {"all_gather": 2, "all_reduce": 1})
+    assert ("repeat_heads" in str(after)) == (g == 3) and "v: f64[5, 30@tp]" in str(after)
+    agree(before, after, gradients=True)
+
+
+def test_kernels_of_a_rank_see_its_share_of_sections() -> None:
+    """What a kernel of the placed program computes on shards is what a rank's own kernel does, forward and backward."""
+    mesh, graph = Mesh((("tp", 2),)), Pipeline.parse("place{mesh='tp=2'},fuse").run(wide("logits", blocks=["gdn", "mlp"]))
+    kernels = [k for part in differentiate(graph)[0].layers for k in part.callees if "parts=2" in str(k) or "join" in str(k)]
+    assert {"preamble", "glu", "preamble_backward", "glu_backward"} <= {k.name for k in kernels}
+    for kernel in kernels:
+        own, rng = local_kernel(kernel, mesh), torch.Generator().manual_seed(0)
+        assert not any(n.is_op("join") for n in own.nodes)
+        whole = [torch.randn(shape(v.type, {"b": 2, "s": 5}), generator=rng, dtype=torch.float64) for v in kernel.inputs]
+        parts = [scatter(x, v.type, mesh) for x, v in zip(whole, kernel.inputs, strict=True)]
+        made = [evaluate(own, *(p[rank] for p in parts)) for rank in range(2)]
+        rows = zip(*(m if isinstance(m, tuple) else (m,) for m in made), strict=True)
+        want = simulate(kernel, mesh, *whole)
+        for got, y, v in zip(rows, want if isinstance(want, tuple) else (want,), kernel.outputs, strict=True):
+            torch.testing.assert_close(gather([*got], v.type, mesh), y, rtol=1e-12, atol=1e-12)
 
 
 NORM = """

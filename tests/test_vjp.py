@@ -384,7 +384,7 @@ def test_floats_of_two_families_are_refused() -> None:
 
 def test_a_partial_operand_that_a_derived_gradient_cannot_take_is_refused() -> None:
     with pytest.raises(PlacementError, match="all_reduce it first"):
-        derive(OPS["combine"], [parse_type("f64[12, 4]+tp"), parse_type("i64[12]"), parse_type("f64[2, 3, 2]")], {})
+        derive(OPS["balance"], [parse_type("f64[5]+tp"), parse_type("f64[5]"), parse_type("f64[()]")], {})
 
 
 def test_collectives_are_all_tried() -> None:

@@ -36,6 +36,9 @@ from ...ir.op import seeds
 from .traffic import AxisGroup, axis_group, behind, moved, process_group
 
 Tensor = torch.Tensor
+# Torch 2.13 has new names for them and warns of the old ones.
+_GATHER: Any = getattr(dist, "all_gather_single", None) or vars(dist)["all_gather_into_tensor"]
+_SCATTER: Any = getattr(dist, "reduce_scatter_single", None) or vars(dist)["reduce_scatter_tensor"]
 Run = Callable[..., Any]
 Counter = Callable[[str, Request, int], None]
 _COUNTERS = list[Counter]()
@@ -73,11 +76,11 @@ def _answer(request: Moving, group: AxisGroup) -> Tensor:
             return total
         case Gather():
             whole = x.new_empty(ranks * x.numel())
-            cast(Any, dist.all_gather_into_tensor)(whole, x.flatten(), group=members)
+            _GATHER(whole, x.flatten(), group=members)
             return whole.reshape(ranks, *x.shape)
         case ScatterSum():
             part = x.new_empty(x[0].numel())
-            cast(Any, dist.reduce_scatter_tensor)(part, x.flatten(), group=members)
+            _SCATTER(part, x.flatten(), group=members)
             return part.reshape(x.shape[1:])
         case Swap():
             swapped = torch.empty_like(x)

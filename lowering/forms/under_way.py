@@ -27,9 +27,12 @@ def _begun(x: Tensor, ranks: int, dim: int, axis: str, at: str) -> Tensor:
     buffer = x.new_empty(2, *slices.shape)
     buffer[1].copy_(slices)
     group = process_group(axis_group(axis))
-    started = guarded("all_to_all", axis, at, lambda: dist.all_to_all_single(buffer[0], buffer[1], group=group, async_op=True))
+
+    def begin() -> Any:
+        return dist.all_to_all_single(buffer[0], buffer[1], group=group, async_op=True)
+
+    _WORK[buffer.data_ptr()] = guarded("all_to_all", axis, at, begin)
     tally(axis, (ranks - 1) * (x.numel() * x.element_size() // ranks))
-    _WORK[buffer.data_ptr()] = started
     return buffer
 
 
