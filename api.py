@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from plait.frontends import ModelSpec, build, dump_spec, load_spec
-from plait.ir import CheckpointError, Graph, PlaitError, mesh_text, parse_mesh
+from plait.frontends import ModelSpec, build, dump_spec, load_spec, ways_of
+from plait.ir import CheckpointError, Graph, PlaitError, parse_mesh
 from plait.lowering import Program, lower
-from plait.passes import DEFAULT, Pipeline
+from plait.passes import DEFAULT, Pipeline, placement
 from plait.runtime import CompiledModel, Variant, read_metadata
 from plait.runtime.layout import layout_of
 from plait.runtime.mesh import here, together, within
@@ -66,7 +66,7 @@ def compile(
     options: dict[str, Any] = {"description": dump_spec(known), "compiled": jit, "seed": seed, "device": device}
     if mesh:
         with together(here(), {"spec": dump_spec(known), "seed": str(seed), **asdict(wish)}):
-            layout = layout_of(_placed(graph, wish), here(), within(here(), parse_mesh(mesh)))
+            layout = layout_of(_placed(known, graph, wish), here(), within(here(), parse_mesh(mesh)))
         model = PlacedModel(graph, make, layout, **options)
     else:
         model = CompiledModel(graph, make, **options)
@@ -93,7 +93,8 @@ def _prepared(spec: Spec, wish: Wish) -> tuple[ModelSpec, Callable[[Variant], Pr
         raise PlaitError(f"dtype is {wish.dtype!r}, must be one of f64, f32, bf16, f16")
     if wish.place and not wish.mesh:
         raise PlaitError(f"place is {wish.place!r}, but no mesh is given; give one, such as mesh='cp=2'")
-    known, first = as_spec(spec), place_text(wish.mesh, wish.place)
+    known = as_spec(spec)
+    first = placed_text(known, wish)
     pipeline = Pipeline.parse(",".join(text for text in (first, wish.passes) if text.strip()))
 
     def make(variant: Variant) -> Program:
@@ -103,13 +104,13 @@ def _prepared(spec: Spec, wish: Wish) -> tuple[ModelSpec, Callable[[Variant], Pr
     return known, make, build(known, dtype=wish.dtype)
 
 
-def _placed(graph: Graph, wish: Wish) -> Graph:
-    return Pipeline.parse(place_text(wish.mesh, wish.place)).run(graph)
+def _placed(known: ModelSpec, graph: Graph, wish: Wish) -> Graph:
+    return Pipeline.parse(placed_text(known, wish)).run(graph)
 
 
-def place_text(mesh: str, options: str) -> str:
-    """The stage that splits a program over a mesh; empty where there is none."""
-    return f"place{{mesh='{mesh_text(parse_mesh(mesh))}' {options}}}" if mesh else ""
+def placed_text(spec: ModelSpec, wish: Wish) -> str:
+    """The stages that split a program over a mesh, with the ways that the spec asks for; empty where there is none."""
+    return placement(wish.mesh, wish.place, ways_of(spec)) if wish.mesh else ""
 
 
 def shard_batch(
