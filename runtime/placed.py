@@ -169,10 +169,21 @@ class PlacedModel(CompiledModel):
     def load_from(self, other: torch.nn.Module) -> CompiledModel:
         """Take another model's weights, of one process or of the same mesh; both must have the same parameters."""
         if isinstance(other, PlacedModel):
-            return super().load_from(other)
+            return super().load_from(other)  # whose extra state says whether it is placed alike
         named = dict(self.named_parameters())
         take_parts(self._layout, named, {k: k for k in named}, dict(other.named_parameters()))
         return self
+
+    def get_extra_state(self) -> Tensor:
+        """What a state dict is of: parts of parameters in orders that depend on the mesh and on how it is used."""
+        told = "\n".join(f"{name} {type_}" for name, type_ in self._layout.types.items())
+        return torch.frombuffer(bytearray(hashlib.sha256(told.encode()).digest()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Refuse a state dict of parameters that are placed otherwise."""
+        if not torch.equal(state.cpu(), self.get_extra_state()):
+            must = "the same mesh and place options; use save and load, or save_sharded and load_sharded, between others"
+            raise PlaitError(f"load_state_dict: the state is of a model that is placed otherwise; it must be of {must}")
 
 
 def _stamp(runner: Runner) -> str:

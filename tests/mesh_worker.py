@@ -120,7 +120,7 @@ def trained(model: CompiledModel, name: str) -> dict[str, Tensor]:
     loss = model.loss(batch(Case("*"))[0])
     loss.backward()
     counted = traffic()["cp"]
-    found = {f"{name}/d {n}": p.grad for n, p in model.named_parameters() if p.grad is not None}
+    found = {f"{name}/{n}": x for n, x in gradients(model).items()}
     return found | {f"{name}/loss": loss.detach(), f"{name}/moved": torch.tensor([counted.calls, counted.bytes])}
 
 
