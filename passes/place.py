@@ -172,6 +172,7 @@ def placement(mesh: str, options: str = "", ways: str = "") -> str:
     quoted = mesh_text(axes).replace(",", " ")
     given = " ".join([f"mesh='{quoted}'", *rest.split(), *([f"ways='{forced}'"] if forced else [])])
     stages = [f"place{{{given}}}"]
+    stages += [f"move-reorders{{mesh='{quoted}'}}"] if "cp" in axes and ":" in forced else []  # layers in other orders
     if "cp" in axes:
         stages += ["hoist-exchanges", f"merge-exchanges{{mesh='{quoted}'}}", "fold-orders"]
     return ",".join(stages)
