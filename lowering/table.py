@@ -48,6 +48,8 @@ _CPU: dict[str, Form] = {
     "z_loss": Form(forms.z_loss, "one pass"),
     "cross_entropy": Form(forms.cross_entropy, "softmax recomputed in the backward"),
     "linear_cross_entropy": Form(forms.linear_cross_entropy, "in blocks of tokens, the logits never exist"),
+    "linear_token_losses": Form(forms.linear_token_losses, "in blocks of tokens, the logits made again in the backward"),
+    "head_parts": Form(forms.head_parts, "in blocks of tokens, the logits made again in the backward"),
 }
 _NO_HOST = "torch code that no host waits for"
 _CUDA: dict[str, Form] = {

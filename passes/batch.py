@@ -31,6 +31,8 @@ def batches(graph: Graph, split: Split) -> Outcome:
 def over_batch(graph: Graph, split: Split, name: str, rules: Mapping[str, Rule]) -> Outcome:
     """The graph over a split batch, by these rules."""
     check_whole(graph, split, name)
+    if split.ranks == 1:
+        return graph, ()
     notes = Notes()
     made = placed(graph, batch_types(graph, split), Terms(split, rules), notes)
     return made, tuple(notes.said)

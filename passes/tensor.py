@@ -40,6 +40,8 @@ def split_features(graph: Graph, *, mesh: str = "tp=2", axis: str = "tp", sequen
 def features(graph: Graph, split: Split, *, sequence: bool = False) -> Outcome:
     """`split-features` over a split that is given."""
     check_whole(graph, split, "split-features")
+    if split.ranks == 1:
+        return graph, ()
     notes = Notes()
     terms = Terms(split, {**RULES, **PROJECTED}, tokens=sequence, wants=_wanted)
     made = placed(graph, [v.type for v in graph.inputs], terms, notes)

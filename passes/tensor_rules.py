@@ -55,6 +55,8 @@ def normed(walk: Walk, node: Node) -> Sequence[Value] | None:
 def headed(walk: Walk, node: Node) -> Sequence[Value] | None:
     """Attention and recurrences run on each rank's heads; key heads fewer than ranks are repeated, then shared out."""
     types, split = _types(walk, node), walk.split
+    if walk.terms.plain:
+        return None
     assert isinstance(node.op, OpDef)
     bound = node.op.bind(types, node.attrs)
     letters = [x for x, uses in bound.uses.items() if any(split.axis in u.dim.axes for u in uses)]

@@ -36,7 +36,7 @@ from tests.laws import (
 
 EVERY_OP = pytest.mark.parametrize("op", LOCAL, ids=lambda o: o.name)
 INDEXED = {  # dims whose places other numbers name; tokens never stand there, or two ops undo each other
-    "drop_at": "d", "send_rows": "n e", "return_rows": "n e",
+    "drop_at": "d", "head_parts": "v", "send_rows": "n e", "return_rows": "n e",
     "rope": "d", "route": "e k", "rms_norm": "d", "dispatch": "...0 ...1 k", "combine": "n ...0 ...1 k",
     "grouped_linear": "n e", "embedding": "v",
     "weigh_rows": "n ...0 ...1 k", "weight_products": "n ...0 ...1 k",

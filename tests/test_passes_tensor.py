@@ -206,10 +206,12 @@ def test_a_name_on_the_command_line() -> None:
 # -- rules, where they fire and where they hold back ------------------------------------------------
 
 
-def test_heads_that_do_not_part_leave_the_layer_whole() -> None:
+@pytest.mark.parametrize("sequence", [False, True])
+def test_heads_that_do_not_part_leave_the_layer_whole(sequence: bool) -> None:
     before = wide(blocks=["attention"], attention={"heads": 3, "kv_heads": 3, "head_dim": 4})
-    after, said = split_features(before)
-    assert "@tp" not in str(layer(after, "self_attention"))
+    after, said = split_features(before, sequence=sequence)
+    attention = layer(after, "self_attention")
+    assert not any("@tp" in t for t in types(attention).values()) and "64@tp" in types(after)["embed"]
     assert lines(said, "missed") == [
         "columns self_attention: attention: 3 heads do not part into tp=2; every rank does all of it"
     ]

@@ -194,7 +194,7 @@ MISPLACED = [
     ("positions", ["i64[2, 8:zigzag(2)]", None, None], "role scan needs the natural order"),
     ("add", ["f32[8:zigzag(2)]", "f32[8]"], r"b....0 is 8; a has it as 8:zigzag\(2\)"),
     ("mul", ["f32[2]+tp", "f32[2]+tp"], "is partial over tp"),
-    ("dispatch", ["f32[3, 4@cp, 7]", "i64[3, 4@cp, 2]"], "role whole must see it whole"),
+    ("dispatch", ["f32[3, 4@cp, 7]", "i64[3, 4, 2]"], "rows and tokens must be split alike"),
     ("dispatch", ["f32[3, 4, 7]", "i64[3, 4, 2]+cp"], "experts is partial"),
     ("concat", ["f32[2, 8]+tp", "f32[2, 8]"], "a is partial over tp"),
     ("concat", ["f32[2, 8:zigzag(2)]", "f32[2, 8]"], "natural order"),

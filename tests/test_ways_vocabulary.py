@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from plait.ir import OpDef, TensorType, ops, parse_type
+from plait.ir import DataError, OpDef, TensorType, ops, parse_type
 from plait.ir.crossing import Here, Request, sent, together
 
 Tensor = torch.Tensor
@@ -58,6 +58,16 @@ def test_words_are_looked_up_where_they_are() -> None:
     made, counted = across(ops.embedding, "vocabulary", [[w[:3], tokens], [w[3:], tokens]])
     assert torch.equal(made[0] + made[1], ops.embedding.reference(w, tokens)) and counted == [0, 0]
     assert not made[0][1, 0].any()
+
+
+def test_a_word_of_no_rank_is_refused() -> None:
+    """Each rank would take it for another's."""
+    w, tokens = torch.randn(6, 3, dtype=torch.float64), torch.tensor([[0, 6]])
+    with pytest.raises(DataError, match="a token is 6; it must be from 0 to 5"):
+        across(ops.embedding, "vocabulary", [[w[:3], tokens], [w[3:], tokens]])
+    x = torch.randn(1, 2, 3, dtype=torch.float64)
+    with pytest.raises(DataError, match=r"a label is 6; it must be -100 \(ignored\) or from 0 to 5"):
+        across(ops.linear_token_losses, "vocabulary", [[x, w[:3], tokens], [x, w[3:], tokens]])
 
 
 def test_rows_go_to_their_experts_and_back() -> None:

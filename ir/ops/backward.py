@@ -21,7 +21,7 @@ from .linear import embedding
 from .loss import cross_entropy, linear_cross_entropy
 from .pointwise import wide
 from .recurrence import FAMILY, gated_delta_final, kimi_delta_final
-from .token_loss import balance, linear_token_losses, router_scores, token_losses, z_losses
+from .token_loss import balance, head_parts, linear_token_losses, router_scores, token_losses, z_losses
 
 Tensor = torch.Tensor
 
@@ -145,6 +145,7 @@ BACKWARD = {
         z_loss,
         token_losses,
         linear_token_losses,
+        head_parts,
         z_losses,
         router_scores,
         balance,

@@ -32,6 +32,22 @@ def linear_token_losses(x: Tensor, w: Tensor, labels: Tensor, *, ignore: int = -
     return token_losses.reference(head_logits(x, w, softcap), labels, ignore=ignore)
 
 
+@op(
+    "x[... d], w[v d], words:i64[...] -> lse:acc[...], wanted:acc[...]",
+    map="...", whole="v d", flops="2*rest*v*d",
+)  # fmt: skip
+def head_parts(x: Tensor, w: Tensor, words: Tensor, *, softcap: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Of the head's logits, the log of their exponentials' sum, and that of a word: 0 where it is not one of these"""
+    return word_parts(head_logits(x, w, softcap), words)
+
+
+def word_parts(logits: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
+    """The same of logits that are there."""
+    known = (words >= 0) & (words < logits.shape[-1])
+    wanted = logits.gather(-1, words.where(known, torch.zeros_like(words)).unsqueeze(-1)).squeeze(-1)
+    return torch.logsumexp(logits, -1), wanted.where(known, torch.zeros_like(wanted))
+
+
 def head_logits(x: Tensor, w: Tensor, softcap: float) -> Tensor:
     """What the head says of every word, in at least float32."""
     logits = wide(F.linear(x, w.to(x.dtype)))
@@ -100,6 +116,11 @@ def _(sample: Any) -> list[Any]:
 @linear_token_losses.samples
 def _(sample: Any) -> list[Any]:
     return [sample.randn(2, 3, 4), sample.randn(5, 4), torch.tensor([[0, 4, -100], [2, 1, 1]]), {}]
+
+
+@head_parts.samples
+def _(sample: Any) -> list[Any]:
+    return [sample.randn(2, 3, 4), sample.randn(5, 4), torch.tensor([[0, 4, -100], [2, 7, 1]]), {}]
 
 
 @counted.samples

@@ -6,6 +6,7 @@ from .attention_part import attention_part, attention_part_gradients
 from .cache import cache_write
 from .conv import causal_conv1d
 from .experts import combine, dispatch, grouped_linear, load_balance_loss, route, z_loss
+from .head import head_parts, linear_token_losses
 from .linear import linear
 from .loss import cross_entropy, linear_cross_entropy
 from .recurrence import delta_rule, gated_delta_rule, gated_linear_attention, kimi_delta_attention, retention, ssd
@@ -14,6 +15,7 @@ from .relay_op import gated_delta_final, kimi_delta_final
 __all__ = [
     "attention", "attention_part", "attention_part_gradients", "cache_write", "causal_conv1d", "combine", "cross_entropy",
     "delta_rule", "device", "dispatch", "gated_delta_final", "gated_delta_rule", "gated_linear_attention", "grouped_linear",
-    "kimi_delta_attention", "kimi_delta_final", "linear", "linear_cross_entropy", "load_balance_loss", "retention", "route",
+    "kimi_delta_attention", "kimi_delta_final", "head_parts", "linear", "linear_cross_entropy", "linear_token_losses",
+    "load_balance_loss", "retention", "route",
     "ssd", "stencils", "z_loss",
 ]  # fmt: skip
