@@ -99,7 +99,14 @@ class Cut:
     xs: tuple[Tensor, ...]
 
 
-Request = Shift | Gather | ScatterSum | Sum | Hop | Swap | Exchange | Cut
+@dataclass(frozen=True)
+class Keep:
+    """Nothing moves; what a way that has a `back` of its own wants to find there again."""
+
+    xs: tuple[Tensor, ...]
+
+
+Request = Shift | Gather | ScatterSum | Sum | Hop | Swap | Exchange | Cut | Keep
 Moving = Shift | Gather | ScatterSum | Sum | Hop | Swap | Exchange
 Way = Generator[Request, Any, Any]
 
@@ -125,7 +132,7 @@ def transposed(request: Moving, d: Tensor) -> Moving:
 
 def sent(request: Request, ranks: int, rank: int) -> int:
     """Bytes that a rank sends to others for a request; rings and pairwise exchanges, as the collectives are counted."""
-    if isinstance(request, Cut):
+    if isinstance(request, Cut | Keep):
         return 0
     size = request.x.numel() * request.x.element_size()
     match request:
@@ -182,6 +189,17 @@ class OneWay:
     sent: Sent  # (types, attributes, ranks, sizes) -> bytes
     orders: tuple[str, ...]  # '' and 'zigzag'
     about: str
+    back: Back | None = None  # its gradient, where asking for everything again costs less than keeping every answer
+    back_sent: Sent | None = None  # bytes that it sends; as many as forward where there is none
+
+    def sent_back(
+        self, types: Sequence[TensorType | None], attrs: Mapping[str, Any], ranks: int, sizes: Mapping[str, int]
+    ) -> int:
+        """Bytes that the busiest rank sends in the backward."""
+        return (self.back_sent or self.sent)(types, attrs, ranks, sizes)
+
+
+Back = Callable[..., Way]  # (here, operands, what was kept, cotangents of the results) -> cotangents of the operands
 
 
 @dataclass(frozen=True)
@@ -257,8 +275,8 @@ def together(ways: Sequence[Way], watch: Callable[[Sequence[Request]], None] | N
 
 
 def _shape(request: Request) -> str:
-    if isinstance(request, Cut):
-        return f"Cut {len(request.xs)}"
+    if isinstance(request, Cut | Keep):
+        return f"{type(request).__name__} {len(request.xs)}"
     if isinstance(request, Exchange):
         return f"Exchange {[*request.x.shape[1:]]}"
     rest = {k: v for k, v in vars(request).items() if k != "x"}
@@ -267,7 +285,7 @@ def _shape(request: Request) -> str:
 
 def answered(asked: Sequence[Request]) -> list[Any]:
     """The answers to one round of requests."""
-    xs, ranks = [a.x for a in asked if not isinstance(a, Cut)], range(len(asked))
+    xs, ranks = [a.x for a in asked if not isinstance(a, Cut | Keep)], range(len(asked))
     match asked[0]:
         case Shift(by=by, ring=ring):
             return [xs[(r - by) % len(xs)] if ring or 0 <= r - by < len(xs) else torch.zeros_like(xs[r]) for r in ranks]
@@ -284,8 +302,8 @@ def answered(asked: Sequence[Request]) -> list[Any]:
         case Exchange():
             runs = [a.x.split(list(a.sizes)) for a in asked if isinstance(a, Exchange)]
             return [torch.cat([run[r] for run in runs]) for r in ranks]
-        case Cut():
-            return [a.xs for a in asked if isinstance(a, Cut)]
+        case Cut() | Keep():
+            return [a.xs for a in asked if isinstance(a, Cut | Keep)]
 
 
 def crossed(way: OneWay, places: Sequence[Here], operands: Sequence[Sequence[Any]]) -> list[tuple[Any, ...]]:
@@ -298,6 +316,8 @@ def crossed_back(
     way: OneWay, places: Sequence[Here], operands: Sequence[Sequence[Any]], cotangents: Sequence[Sequence[Tensor | None]]
 ) -> list[tuple[Tensor, ...]]:
     """Every rank's cotangents of its float operands; those of a result that is whole are given to the first rank alone."""
+    if way.back is not None:
+        return _by_back(way.back, way, places, operands, cotangents)
     with torch.enable_grad():
         leaves = [[x.detach().requires_grad_(x.is_floating_point()) if x is not None else None for x in xs] for xs in operands]
         results = crossed(way, places, leaves)
@@ -307,3 +327,18 @@ def crossed_back(
     ends = [(y, d.to(y.dtype)) for y, d in pairs if y.requires_grad]
     found = iter(torch.autograd.grad([y for y, _ in ends], flat, [d for _, d in ends], materialize_grads=True))
     return [tuple(next(found) for _ in xs) for xs in wanted]
+
+
+def _by_back(
+    back: Back, way: OneWay, places: Sequence[Here], operands: Sequence[Sequence[Any]], cotangents: Sequence[Sequence[Any]]
+) -> list[tuple[Tensor, ...]]:
+    """A way's own gradient, from what its forward kept."""
+    kept: list[tuple[Tensor, ...]] = [() for _ in places]
+
+    def note(asked: Sequence[Request]) -> None:
+        kept[:] = [a.xs if isinstance(a, Keep) else k for a, k in zip(asked, kept, strict=True)]
+
+    with torch.no_grad():
+        together([way.run(here, *xs) for here, xs in zip(places, operands, strict=True)], note)
+        found = together([back(*given) for given in zip(places, operands, kept, cotangents, strict=True)])
+    return [tuple(d for d in ds if d is not None) for ds in found]

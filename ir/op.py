@@ -108,6 +108,15 @@ class OpDef:
 
         return define
 
+    def way_back(self, name: str, *, sent: Sent) -> Callable[[Callable[..., Any]], None]:
+        """Say a way's gradient, a generator too, where autograd of the way would keep every answer."""
+        ways = self.crossing.ways if self.crossing else {}
+
+        def define(rule: Callable[..., Any]) -> None:
+            ways[name] = replace(ways[name], back=rule, back_sent=sent)
+
+        return define
+
     def vjp(self, rule: Gradient) -> None:
         """Say the gradient, as equations over ops; a function of types (by name) and attributes, where these say how many."""
         self.vjp_rule = rule

@@ -86,8 +86,8 @@ def _crossing(node: Node, op: OpDef, mesh: Mesh, sizes: Mapping[str, int]) -> Tr
     assert op.crossing is not None
     axis, way = node.attrs["over"], node.attrs["by"]
     types = [_along(v.type, axis, mesh, sizes) if v is not None else None for v in node.inputs]
-    once = op.crossing.ways[way].sent(types, node.attrs, mesh[axis], sizes)
-    sent = 2 * once if op.gradient_of else once  # a gradient goes the way again, and back
+    one, given = op.crossing.ways[way], (types, node.attrs, mesh[axis], sizes)
+    sent = one.sent(*given) + (one.sent_back(*given) if op.gradient_of else 0)  # a gradient goes the way again, and back
     return Transfer(f"{op.name}.{way}", node.loc, axis, "", node.outputs[0].name, sent)
 
 

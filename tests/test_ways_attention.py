@@ -18,7 +18,7 @@ from plait.ir import (
     parse_type,
     simulate,
 )
-from plait.ir.crossing import Here, OneWay, Request, sent, together
+from plait.ir.crossing import Here, Keep, OneWay, Request, sent, together
 from plait.ir.ops import BACKWARD, attention
 from plait.lowering import form_of
 from plait.passes import differentiate
@@ -121,7 +121,7 @@ def lockstep(given: Given, way: str, dtype: torch.dtype) -> tuple[list[list[int]
 
     def watch(asked: Sequence[Request]) -> None:
         for rank, request in enumerate(asked):
-            counted[rank].append(sent(request, given.ranks, rank))
+            counted[rank] += [] if isinstance(request, Keep) else [sent(request, given.ranks, rank)]
 
     across = chosen(way)
     together([across.run(here, *(x[here.rank] for x in shares)) for here in places], watch)

@@ -72,11 +72,13 @@ def crossing(name: str) -> Node:
 
 @pytest.mark.parametrize("name", [n for n, c in CASES.items() if "a=" not in c.mesh])
 def test_processes_send_what_the_way_says(name: str, out: Path) -> None:
-    """Keys and values forward, as many bytes of their cotangents back; a gradient that is text goes forward again first."""
+    """Keys and values forward, their cotangents back (a ring sends both again); a gradient as text goes forward first."""
     node, case = crossing(name), CASES[name]
     assert attention.crossing is not None
     types = [v.type if v is not None else None for v in node.inputs]
     sizes = {"b": case.given.batch, "s": case.given.tokens}
-    says = attention.crossing.ways[node.attrs["by"]].sent(types, node.attrs, case.given.ranks, sizes)
+    way = attention.crossing.ways[node.attrs["by"]]
+    says, back = (f(types, node.attrs, case.given.ranks, sizes) for f in (way.sent, way.sent_back))
+    assert back == says if node.attrs["by"] == "kv" else back > 2 * says
     for rank in range(RANKS):
-        assert json.loads((out / f"rank{rank}.json").read_text())[name] == [says, 2 * says, 3 * says]
+        assert json.loads((out / f"rank{rank}.json").read_text())[name] == [says, says + back, 2 * says + back]

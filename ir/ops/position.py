@@ -36,14 +36,15 @@ def rope(
     fraction: float = 1.0,
     interleaved: bool = False,
     scaling: tuple[float, ...] = (),
+    rounded: bool = False,
     inverse: bool = False,
 ) -> Tensor:
     """Rotate the first `fraction` of each head by its position: halves (i, i + d/2) or interleaved pairs (2i, 2i + 1)
 
-    `inverse` turns the other way, which undoes it.
+    `rounded` takes frequencies that are rounded to float32; `inverse` turns the other way, which undoes it.
     """
     width = int(x.shape[-1] * fraction)
-    angle = wide(p.to(x.dtype) if x.dtype == torch.float64 else p)[..., None] * frequencies(width, theta, scaling, x)
+    angle = wide(p.to(x.dtype) if x.dtype == torch.float64 else p)[..., None] * frequencies(width, theta, scaling, x, rounded)
     cos, sin = angle.cos()[:, :, None], angle.sin()[:, :, None]
     sin = -sin if inverse else sin
     h = wide(x)
@@ -53,16 +54,21 @@ def rope(
     return (torch.cat([y, h[..., width:]], -1) if width < x.shape[-1] else y).to(x.dtype)
 
 
-def frequencies(width: int, theta: float, scaling: tuple[float, ...], like: Tensor) -> Tensor:
-    """theta^(-2i/width); with `scaling` = (factor, low, high, original length), Llama 3's stretch of the slow ones."""
+def frequencies(width: int, theta: float, scaling: tuple[float, ...], like: Tensor, rounded: bool = False) -> Tensor:
+    """theta^(-2i/width); with `scaling` = (factor, low, high, original length), Llama 3's stretch of the slow ones.
+
+    `rounded` makes every step of it in float32, as the tables are that published models were trained with.
+    """
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-    base = theta ** (-torch.arange(0, width, 2, dtype=dtype, device=like.device) / width)
+    step = torch.arange(0, width, 2, dtype=torch.float32 if rounded else dtype, device=like.device) / width
+    base = 1.0 / theta**step if rounded else theta**-step
     if not scaling:
-        return base
+        return base.to(dtype)
     factor, low, high, original = scaling
     wavelength = 2 * math.pi / base
     blend = ((original / wavelength - low) / (high - low)).clamp(0, 1)
-    return base * (blend + (1 - blend) / factor)
+    stretched = (1 - blend) * base / factor + blend * base if rounded else base * (blend + (1 - blend) / factor)
+    return stretched.to(dtype)
 
 
 @rope.samples
@@ -73,7 +79,9 @@ def _(sample: Any) -> list[Any]:
 positions.no_gradient("its result is integers")
 rope.vjp("""
     if inverse:
-        d_x = rope(d_y, p, theta=theta, fraction=fraction, interleaved=interleaved, scaling=scaling)
+        d_x = rope(d_y, p, theta=theta, fraction=fraction, interleaved=interleaved, scaling=scaling, rounded=rounded)
     else:
-        d_x = rope(d_y, p, theta=theta, fraction=fraction, interleaved=interleaved, scaling=scaling, inverse=True)
+        d_x = rope(
+            d_y, p, theta=theta, fraction=fraction, interleaved=interleaved, scaling=scaling, rounded=rounded, inverse=True
+        )
 """)

@@ -13,13 +13,13 @@ from typing import Any, cast
 import torch
 from torch.autograd.function import once_differentiable
 
-from ..crossing import Gather, Here, Shift, Way
+from ..crossing import Gather, Here, Keep, Shift, Way
 from ..errors import TypeMismatch
 from ..ops.attention import attention, attention_part, attention_part_gradients
 from ..ops.pointwise import wide
 from ..ops.recurrence import segments
 from ..orders import permutation
-from ..types import DTYPES, TensorType
+from ..types import BYTES, DTYPES, TensorType
 
 Tensor = torch.Tensor
 
@@ -89,7 +89,41 @@ def _(here: Here, q: Tensor, k: Tensor, v: Tensor, *rest: Tensor | None) -> Way:
             keys, values = (x[:, 0] for x in _unpacked(travelling[None], k, v)) if step else (k, v)
             kept.append(Part(keys, values, places))
             seen = _merged(seen, _seen(asked, kept[-1]))
+    o, lse = _with_sinks(seen, asked.sinks)
+    yield Keep((o.to(q.dtype), lse))
     return _attended(asked, kept, seen)
+
+
+def _and_cotangents(types: Sequence[TensorType | None], attrs: Mapping[str, Any], ranks: int, sizes: Mapping[str, int]) -> int:
+    """Keys and values as in the forward; their cotangents, as wide as sums are, once more than that."""
+    k, v = types[1], types[2]
+    assert k is not None and v is not None
+    wide_bytes = max(4, BYTES[k.dtype], BYTES[v.dtype])
+    return _keys_and_values(types, attrs, ranks, sizes) + (k.count({**sizes}) + v.count({**sizes})) * wide_bytes
+
+
+@attention.way_back("ring", sent=_and_cotangents)
+def _(here: Here, operands: Sequence[Any], kept: Sequence[Tensor], cotangents: Sequence[Tensor]) -> Way:
+    """Keys and values go round again, and what queries add to their cotangents with them, until all are home."""
+    q, k, v, *rest = operands
+    (o, lse), (d_o,), asked = kept, cotangents, _asked(here, q, k, *rest)
+    travelling, d_q = _packed(k, v), torch.zeros_like(wide(q))
+    found = torch.zeros_like(wide(travelling))
+    for step in range(here.ranks):
+        if step:
+            travelling = yield Shift(travelling)
+            found = yield Shift(found)
+        places = asked.parts[(here.rank - step) % here.ranks]
+        if asked.near(places):
+            keys, values = (x[:, 0] for x in _unpacked(travelling[None], k, v))
+            own, d_k, d_v = here.run(
+                attention_part_gradients, q, keys, values, o, lse, d_o, None, asked.places, places, asked.cu, **here.attrs
+            )
+            d_q, found = d_q + own, found + _packed(d_k, d_v)
+    found = yield Shift(found)
+    d_k, d_v = (x[:, 0] for x in _unpacked(found[None], k, v))
+    d_sinks = None if asked.sinks is None else _to_sinks(asked.sinks, o, lse, d_o)
+    return (d_q.to(q.dtype), d_k, d_v, d_sinks, *(None for _ in operands[4:]))
 
 
 # -- what travels -----------------------------------------------------------------------------
@@ -148,6 +182,15 @@ def _merged(a: Seen, b: Seen) -> Seen:
         return torch.lerp(a[0], b[0], share), torch.logaddexp(a[1], b[1])
 
 
+def _with_sinks(seen: Seen, sinks: Tensor | None) -> Seen:
+    """Parts with the sinks as one logit more."""
+    o, lse = seen
+    if sinks is None:
+        return seen
+    with torch.no_grad():
+        return o * torch.sigmoid(lse - sinks).nan_to_num(0)[..., None], torch.logaddexp(lse, wide(sinks).expand_as(lse))
+
+
 def _attended(asked: Asked, parts: Sequence[Part], seen: Seen) -> Tensor:
     """The result of parts that are merged."""
     operands = [x for part in parts for x in (part.k, part.v)]
@@ -161,10 +204,7 @@ class _Attended(torch.autograd.Function):
     def forward(
         ctx: Any, asked: Asked, places: list[Tensor], seen: Seen, q: Tensor, sinks: Tensor | None, *keys: Tensor
     ) -> Any:
-        o, lse = seen
-        if sinks is not None:
-            o = o * torch.sigmoid(lse - sinks).nan_to_num(0)[..., None]
-            lse = torch.logaddexp(lse, wide(sinks).expand_as(lse))
+        o, lse = _with_sinks(seen, sinks)
         made = o.to(q.dtype)
         ctx.asked, ctx.places = asked, places
         ctx.save_for_backward(q, sinks, made, lse, *keys)

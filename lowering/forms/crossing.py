@@ -22,6 +22,7 @@ from ...ir.crossing import (
     Gather,
     Here,
     Hop,
+    Keep,
     Moving,
     OneWay,
     Request,
@@ -29,6 +30,7 @@ from ...ir.crossing import (
     Shift,
     Sum,
     Swap,
+    Way,
     sent,
     transposed,
 )
@@ -123,10 +125,14 @@ class Tape:
 
     axis: str
     at: str
-    steps: list[tuple[Request, tuple[Tensor, ...]]] = field(default_factory=list[tuple[Request, "tuple[Tensor, ...]"]])
+    steps: list[tuple[Moving | Cut, tuple[Tensor, ...]]] = field(
+        default_factory=list[tuple[Moving | Cut, "tuple[Tensor, ...]"]]
+    )
 
     def put(self, request: Request) -> Any:
         """Answer a request, and remember it."""
+        if isinstance(request, Keep):
+            return request.xs
         made = [x.detach() for x in request.xs] if isinstance(request, Cut) else [answer(request, self.axis, self.at)]
         leaves = tuple(y.requires_grad_(y.is_floating_point()) for y in made)
         self.steps.append((request, leaves))
@@ -153,16 +159,58 @@ def flow(ends: Sequence[Tensor], cotangents: Sequence[Tensor]) -> None:
 
 def _forward(way: OneWay, here: Here, at: str, operands: Sequence[Any]) -> tuple[Tape, list[Any], tuple[Tensor, ...]]:
     """The tape, the leaves that stand for the operands, and the results with their graphs."""
-    tape, reply = Tape(here.axis, at), None
+    tape = Tape(here.axis, at)
     with torch.enable_grad():
         leaves = [x.detach().requires_grad_(x.is_floating_point()) if x is not None else None for x in operands]
-        steps = way.run(here, *leaves)
-        while True:
-            try:
-                request = steps.send(reply)
-            except StopIteration as end:
-                return tape, leaves, end.value if isinstance(end.value, tuple) else (end.value,)
-            reply = tape.put(request)
+        made = _driven(way.run(here, *leaves), tape.put)
+    return tape, leaves, made if isinstance(made, tuple) else (made,)
+
+
+def _driven(steps: Way, reply: Callable[[Any], Any]) -> Any:
+    """Run a way, every request answered; what it returns."""
+    said = None
+    while True:
+        try:
+            request = steps.send(said)
+        except StopIteration as end:
+            return end.value
+        said = reply(request)
+
+
+@dataclass
+class Kept:
+    """Answers without a graph, and what a way keeps for its own gradient."""
+
+    axis: str
+    at: str
+    kept: tuple[Tensor, ...] = ()
+
+    def put(self, request: Request) -> Any:
+        if isinstance(request, Keep):
+            self.kept = request.xs
+        return request.xs if isinstance(request, Keep | Cut) else answer(request, self.axis, self.at)
+
+
+class _Again(torch.autograd.Function):
+    """A way that has a gradient of its own: only what it keeps lives until then."""
+
+    @staticmethod
+    def forward(ctx: Any, way: OneWay, here: Here, at: str, *operands: Any) -> Any:
+        driver = Kept(here.axis, at)
+        made = _driven(way.run(here, *operands), driver.put)
+        ctx.way, ctx.here, ctx.at, ctx.count = way, here, at, len(operands)
+        ctx.save_for_backward(*operands, *driver.kept)
+        return made
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Any) -> Any:  # type: ignore[override] # torch declares *grad_outputs
+        operands, kept = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
+        return None, None, None, *_gone_back(ctx.way, ctx.here, behind(ctx.at), operands, kept, cotangents)
+
+
+def _gone_back(way: OneWay, here: Here, at: str, operands: Any, kept: Any, cotangents: Any) -> tuple[Tensor | None, ...]:
+    assert way.back is not None
+    return _driven(way.back(here, operands, kept, cotangents), Kept(here.axis, at).put)
 
 
 class _Crossed(torch.autograd.Function):
@@ -200,7 +248,11 @@ def crossing_form(op: OpDef, run: Run) -> Run:
         values = op.arrange(operands, {k: v for k, v in named.items() if k not in op.attrs})
         group = axis_group(attrs["over"])
         here, way = Here.of(attrs, group.size, group.rank, run), crossing.ways[attrs["by"]]
-        made = _backward(op, way, here, at, values) if op.gradient_of else cast(Any, _Crossed.apply(way, here, at, *values))
+        made = (
+            _backward(op, way, here, at, values)
+            if op.gradient_of
+            else cast(Any, (_Again if way.back else _Crossed).apply(way, here, at, *values))
+        )
         return made[0] if isinstance(made, tuple) and len(made) == 1 else made
 
     return cast(Run, torch._dynamo.disable(form))  # type: ignore[reportPrivateUsage] # generators and sends are not traced
@@ -209,10 +261,14 @@ def crossing_form(op: OpDef, run: Run) -> Run:
 def _backward(op: OpDef, way: OneWay, here: Here, at: str, values: Sequence[Any]) -> tuple[Tensor, ...]:
     """A gradient's op: its forward's way again, and back."""
     assert op.gradient_of is not None
-    count = len(op.gradient_of.inputs)
+    count, given = len(op.gradient_of.inputs), seeds(op.gradient_of, values[len(op.gradient_of.inputs) :], here.rank)
+    if way.back:
+        driver = Kept(here.axis, at)
+        _driven(way.run(here, *values[:count]), driver.put)
+        return tuple(d for d in _gone_back(way, here, behind(at), values[:count], driver.kept, given) if d is not None)
     tape, leaves, results = _forward(way, here, at, values[:count])
-    given = [(y, d) for y, d in zip(results, seeds(op.gradient_of, values[count:], here.rank), strict=True) if d is not None]
-    flow([y for y, _ in given], [d for _, d in given])
+    pairs = [(y, d) for y, d in zip(results, given, strict=True) if d is not None]
+    flow([y for y, _ in pairs], [d for _, d in pairs])
     tape.back()
     floats = [x for x in leaves if x is not None and x.is_floating_point()]
     return tuple(torch.zeros_like(x) if x.grad is None else x.grad for x in floats)
