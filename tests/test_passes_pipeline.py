@@ -55,7 +55,7 @@ def test_pipeline_text_has_one_canonical_form(text: str, canonical: str):
     ("text", "kind", "says", "column"),
     [
         ("dce,fus", PassError, "no pass called fus; did you mean fuse?", 4),
-        ("zzzz", PassError, "there are canonicalize", 0),
+        ("zzzz", PassError, "there are balance, canonicalize", 0),
         ("fuse{onli=glu}", PassError, "fuse has no option onli; did you mean only?", 5),
         ("fuse{only=norm-gat}", PassError, "cannot be 'norm-gat'; did you mean norm-gate?", 10),
         ("outline-rows{max_ops=many}", PassError, "max_ops is 'many', must be int", 21),

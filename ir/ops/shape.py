@@ -70,7 +70,7 @@ def _(sample: Any) -> list[Any]:
     return [sample.randn(2, 3, 7), {"sizes": (2, 4, 1)}]
 
 
-@op("a[... m], b[... n] -> y[... m]", map="...", whole="m n", row=True, linear="a b")
+@op("a[... m], b[... n] -> y[... m]", map="...", whole="m n", linear="a b")
 def join(a: Tensor, b: Tensor, *, order: str) -> Tensor:
     """a and b in one last dim in order sections(n,...): every rank's share of b behind its share of a"""
     made = _sections(order)

@@ -54,7 +54,7 @@ def head_logits(x: Tensor, w: Tensor, softcap: float) -> Tensor:
     return torch.tanh(logits / softcap) * softcap if softcap else logits
 
 
-@op("labels:i64[...] -> y:acc[...]", map="...", row=True)
+@op("labels:i64[...] -> y:acc[...]", map="...")
 def counted(labels: Tensor, *, ignore: int = -100) -> Tensor:
     """1 for each label that is not `ignore`, else 0"""
     return (labels != ignore).float()
@@ -84,7 +84,7 @@ def z_losses(logits: Tensor) -> Tensor:
     return torch.logsumexp(wide(logits), -1).square()
 
 
-@op("logits[... e] -> y:acc[... e]", map="...", whole="e", flops="4*rest*e", row=True)
+@op("logits[... e] -> y:acc[... e]", map="...", whole="e", flops="4*rest*e")
 def router_scores(logits: Tensor, *, score: Literal["softmax", "sigmoid"] = "softmax") -> Tensor:
     """Each token's scores of all experts, which add up to one"""
     if score == "softmax":
