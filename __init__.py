@@ -6,8 +6,9 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from plait.api import compile, load, program, shard_batch
+    from plait.api import compile, load, program, save_hf, shard_batch
     from plait.frontends import ModelSpec, load_spec
+    from plait.frontends.hf import load_hf
     from plait.ir import Graph, Mesh, PlaitError, evaluate, parse, simulate, trace
     from plait.runtime import CompiledModel
     from plait.runtime.mesh import close, init
@@ -16,8 +17,8 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's threads spin on sm
 
 __version__ = "0.1.0"
 __all__ = [
-    "CompiledModel", "Graph", "Mesh", "ModelSpec", "PlaitError", "close", "compile", "evaluate", "init", "load", "load_spec",
-    "parse", "program", "shard_batch", "simulate", "trace",
+    "CompiledModel", "Graph", "Mesh", "ModelSpec", "PlaitError", "close", "compile", "evaluate", "init", "load", "load_hf",
+    "load_spec", "parse", "program", "save_hf", "shard_batch", "simulate", "trace",
 ]  # fmt: skip
 
 
@@ -26,8 +27,9 @@ def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'plait' has no attribute {name!r}")
     from plait import api, frontends, ir, runtime
+    from plait.frontends import hf
     from plait.runtime import mesh
 
-    homes = dict.fromkeys(("compile", "load", "program", "shard_batch"), api)
-    homes |= dict.fromkeys(("ModelSpec", "load_spec"), frontends) | dict.fromkeys(("close", "init"), mesh)
+    homes = dict.fromkeys(("compile", "load", "program", "save_hf", "shard_batch"), api)
+    homes |= dict.fromkeys(("ModelSpec", "load_spec"), frontends) | {"load_hf": hf} | dict.fromkeys(("close", "init"), mesh)
     return getattr({**homes, "CompiledModel": runtime}.get(name, ir), name)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from plait.frontends import ModelSpec, build, dump_spec, load_spec, ways_of
+from plait.frontends.hf import is_folder, load_hf, read_config, write_folder
 from plait.ir import CheckpointError, Graph, PlaitError, parse_mesh
 from plait.lowering import Program, lower
 from plait.passes import DEFAULT, Pipeline, placement
@@ -48,29 +49,53 @@ def compile(
 ) -> CompiledModel:
     """Compile a spec to a module: `model(tokens) -> logits`, `model.loss(tokens, labels)`, `model.generate(tokens, n)`.
 
+    A spec is a preset's name, a file, a mapping, or a Hugging Face folder, whose weights the model then has.
+
     Targets: "cpu"; "cuda" runs row kernels in Triton, its weights are made on the CUDA device (without one they stay on the
     CPU, where the same program is torch code); "interpreter" runs the row kernels' Triton source on the CPU, slowly;
     "reference" runs what each op means.
 
     dtype is that of the weights (the spec's own when empty); mode "infer" turns gradients and dropout off; `passes` is the
-    pipeline's text; without `jit` every layer runs eagerly. Raises PlaitError for a spec, target, dtype or pipeline that
-    cannot be.
+    pipeline's text; without `jit` every layer runs eagerly. Raises PlaitError for what cannot be.
 
     `mesh`, such as "cp=2", splits the model over processes that have joined a mesh with these axes (`plait.init`); `place` are
     the options of the pass that does it, such as "attention=ring". Every process calls the model, with the same batch.
     """
     wish = Wish(target, dtype, mode, passes, mesh, place)
     with together(here()) if mesh else nullcontext():
+        spec, weights, origin = _opened(spec)
         known, make, graph = _prepared(spec, wish)
     device = "cuda" if target == "cuda" and torch.cuda.is_available() else "cpu"
-    options: dict[str, Any] = {"description": dump_spec(known), "compiled": jit, "seed": seed, "device": device}
+    options: dict[str, Any] = {"compiled": jit, "seed": seed, "device": device, "weights": weights}
     if mesh:
         with together(here(), {"spec": dump_spec(known), "seed": str(seed), **asdict(wish)}):
             layout = layout_of(_placed(known, graph, wish), here(), within(here(), parse_mesh(mesh)))
-        model = PlacedModel(graph, make, layout, **options)
+        model = PlacedModel(graph, make, layout, description=dump_spec(known), **options)
     else:
-        model = CompiledModel(graph, make, **options)
+        model = CompiledModel(graph, make, description=dump_spec(known), **options)
+    model.origin = origin
     return model if mode == "train" else model.eval().requires_grad_(False)
+
+
+def _opened(spec: Spec) -> tuple[Spec, Mapping[str, torch.Tensor] | None, Mapping[str, Any]]:
+    """A folder's spec, weights and config; of anything else just what it is."""
+    if not is_folder(spec):
+        return spec, None, {}
+    assert isinstance(spec, (str, Path))
+    return *load_hf(spec), read_config(spec)
+
+
+def save_hf(model: CompiledModel, folder: str | Path, like: str | Path = "") -> None:
+    """Write a model as a Hugging Face folder: config.json and safetensors, whole or not at all, where nothing is yet.
+
+    The config is that of the folder the model was compiled from, or of the folder `like`.
+    """
+    config = read_config(like) if like else model.origin
+    if not config:
+        raise CheckpointError("the model did not come from a Hugging Face folder; say whose config it has: like='folder'")
+    if isinstance(model, PlacedModel):
+        raise CheckpointError("the model is split over a mesh; save its weights whole and load them into one process first")
+    write_folder(Path(folder), config, dict(model.named_parameters()))
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..ir import Builder, Graph, Init, TensorType, Value, ops, tensor_type
-from .kinds import Attention, Moe
+from .kinds import Attention, Mla, Moe
 from .layers import build_layer, model_norm
+from .parallel import Parallel
 from .spec import ModelSpec, named_kinds
 
 TASKS = ("logits", "loss")
@@ -27,7 +28,7 @@ def build(spec: ModelSpec, *, task: str = "logits", dtype: str = "", packed: boo
     """The program `tokens -> logits`, or `tokens, labels -> loss`; labels[b, t] is the token wanted after position t.
 
     Inputs in order: tokens i64[b, s]; labels i64[b, s] for the loss; cu i64[n+1] when packed; seed i64[] when the spec
-    has dropout and it trains. Parameters: `embed`, `layers.N.*`, `norm`, and `head` unless tied.
+    has dropout and it trains. Parameters: `embed`, `positions` if learned, `layers.N.*`, `final.norm`, and `head` unless tied.
     """
     plan = Plan(task, dtype or spec.dtype, packed, training and spec.dropout > 0)
     b = Builder(_identifier(spec.name))
@@ -37,8 +38,11 @@ def build(spec: ModelSpec, *, task: str = "logits", dtype: str = "", packed: boo
     x = ops.embedding(table, tokens)
     x = ops.scale(x, by=spec.embed_scale) if spec.embed_scale != 1 else x
     shared = {k: v for k, v in given.items() if k != "labels"}
-    if any(isinstance(k, Attention) and k.rope for k in spec.blocks):
+    if spec.learned_positions or any(isinstance(k, Attention | Mla | Parallel) and k.rope for k in spec.blocks):
         shared["p"] = ops.positions(tokens, **({"cu": given["cu"]} if packed else {}))
+    if spec.learned_positions:
+        places = b.param("positions", tensor_type(plan.dtype, spec.max_length, spec.hidden), Init("normal", (spec.init_std,)))
+        x = ops.add(x, ops.embedding(places, shared["p"]))
     x, losses = _blocks(b, spec, plan, x, shared)
     return b.finish([_finish(b, spec, plan, x, table, given, losses)])
 
@@ -87,8 +91,8 @@ def ways_of(spec: ModelSpec) -> str:
 
 def _reads(kind: Any, plan: Plan) -> tuple[str, ...]:
     """Which shared values a block of this kind takes."""
-    mixes = kind.kind not in ("mlp", "moe")
-    found = ["p"] if isinstance(kind, Attention) and kind.rope else []
+    mixes = kind.mixes if isinstance(kind, Parallel) else kind.kind not in ("mlp", "moe")
+    found = ["p"] if isinstance(kind, Attention | Mla | Parallel) and kind.rope else []
     return (*found, *(["cu"] if mixes and plan.packed else []), *(["seed"] if plan.training else []))
 
 
@@ -102,6 +106,7 @@ def _finish(
     labels = [head.input("labels", given["labels"].type)] if plan.task == "loss" else []
     with head.at("head"):
         n = model_norm(spec, h, lambda suffix, init: head.param(f"norm{suffix}", tensor_type(plan.dtype, spec.hidden), init))
+        n = n if spec.logit_scale == 1 else ops.scale(n, by=spec.logit_scale)
         if labels:
             out = ops.linear_cross_entropy(n, w, labels[0], softcap=spec.logit_softcap)
         else:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from .kinds import Attention, Gdn, Kda, Mamba2, Mlp, Moe
+from .kinds import Attention, Gdn, Kda, Mamba2, Mla, Mlp, Moe
+from .parallel import Parallel
 from .sequence import Kind
 from .spec import ModelSpec
 
@@ -24,6 +25,9 @@ def block_parameters(block: Kind, hidden: int) -> int:
     match block:
         case Attention():
             return _attention(block, hidden)
+        case Mla():
+            latent = block.kv_rank * (block.kv_width + 1) + block.q_rank * (block.query_width + 1)
+            return hidden * (block.in_width + block.value_width) + latent
         case Gdn():
             per_head = 2 * block.value_heads + block.value_dim
             return hidden * (block.in_width + block.value_width) + block.conv_width * block.conv + per_head
@@ -31,23 +35,28 @@ def block_parameters(block: Kind, hidden: int) -> int:
             return _kda(block, hidden)
         case Mamba2():
             conv = block.conv_width * (block.conv + block.conv_bias)
-            return hidden * (block.in_width + block.inner) + conv + 3 * block.heads + block.inner
+            return hidden * (block.in_width + block.inner) + conv + 3 * block.heads + block.inner * block.out_norm
         case Mlp():
             return _ffn(hidden, block.width, block.glu) + block.bias * ((1 + block.glu) * block.width + hidden)
         case Moe():
             return _moe(block, hidden)
+        case Parallel():
+            return sum(block_parameters(part, hidden) for part in block.parts)
 
 
 def _outside(spec: ModelSpec) -> int:
     """Embedding, head and norms."""
-    norm = spec.hidden * (2 if spec.norm == "layer" else 1)
-    return spec.vocab * spec.hidden * (1 if spec.tied else 2) + norm * (len(spec.blocks) + 1)
+    norm = spec.hidden * (2 if spec.norm == "layer" and spec.norm_bias else 1)
+    apart = sum(len(b.parts) - 1 for b in spec.blocks if isinstance(b, Parallel) and b.own_norms)
+    norms = norm * (len(spec.blocks) * (2 if spec.norm_place == "both" else 1) + 1 + apart)
+    positions = spec.max_length * spec.hidden * spec.learned_positions
+    return spec.vocab * spec.hidden * (1 if spec.tied else 2) + norms + positions
 
 
 def _attention(block: Attention, hidden: int) -> int:
     width = block.query_width * (2 if block.gate else 1) + 2 * block.kv_width
     biases = block.bias * width + block.out_bias * hidden
-    norms = 2 * block.head_dim * block.qk_norm
+    norms = (block.q_norm_width + block.k_norm_width) * block.qk_norm
     return hidden * (width + block.query_width) + biases + norms + block.sinks * block.heads
 
 

@@ -95,6 +95,7 @@ class Rope(Frozen):
     fraction: float = Field(default=1.0, gt=0, le=1, description="share of each head's columns that is rotated")
     interleaved: bool = Field(default=False, description="pairs are neighbours (0,1) instead of halves (0,d/2)")
     scaling: RopeScaling | None = Field(default=None, description="Llama 3 frequency scaling")
+    rounded: bool = Field(default=False, description="frequencies are float32 numbers, as in the tables of published models")
 
 
 class Attention(Frozen):
@@ -105,6 +106,7 @@ class Attention(Frozen):
     kv_heads: Size = Field(default=0, description="key/value heads; as many as heads unless given")
     head_dim: Size = Field(description="columns of a head")
     qk_norm: bool = Field(default=False, description="RMS norm of every query and key head")
+    qk_norm_whole: bool = Field(default=False, description="that norm is of all heads together, not of each")
     rope: Rope | None = Field(default=None, description="rotary positions; none when absent")
     window: Count = Field(default=0, description="keys a query sees, itself included; 0 for all")
     gate: bool = Field(default=False, description="sigmoid gate on every output element, projected beside the query")
@@ -129,6 +131,8 @@ class Attention(Frozen):
                 f"rope.fraction: is {self.rope.fraction}, which rotates {self.rotated} of head_dim = {self.head_dim} "
                 "columns; must rotate an even number, at least 2"
             )
+        if self.qk_norm_whole and not self.qk_norm:
+            lines.append("qk_norm_whole: is true; must be false without qk_norm")
         return lines
 
     @property
@@ -142,6 +146,16 @@ class Attention(Frozen):
         return self.kv_heads * self.head_dim
 
     @property
+    def q_norm_width(self) -> int:
+        """Weights of the norm of queries."""
+        return self.query_width if self.qk_norm_whole else self.head_dim
+
+    @property
+    def k_norm_width(self) -> int:
+        """Weights of the norm of keys."""
+        return self.kv_width if self.qk_norm_whole else self.head_dim
+
+    @property
     def rotated(self) -> int:
         """Columns of a head that rope rotates."""
         return int(self.head_dim * self.rope.fraction) if self.rope else 0
@@ -150,6 +164,53 @@ class Attention(Frozen):
     def multiplier(self) -> float:
         """What scores are multiplied by."""
         return self.head_dim**-0.5 if self.scale is None else self.scale
+
+
+class Mla(Frozen):
+    """Latent attention: keys and values of all heads come from one narrow vector; a part of the keys is shared by all."""
+
+    kind: Literal["mla"] = "mla"
+    heads: Size = Field(description="heads of query, key and value alike")
+    own_dim: Size = Field(description="columns of a query or key head that are its own, without positions")
+    shared_dim: Size = Field(description="columns of a key head that all heads share; rope is theirs")
+    value_dim: Size = Field(description="columns of a value head")
+    kv_rank: Size = Field(description="columns of the vector that keys and values come from")
+    q_rank: Count = Field(default=0, description="columns of the vector that queries come from; 0 for the input itself")
+    rope: Rope | None = Field(default=None, description="rotary positions; none when absent")
+    rank_eps: Positive = Field(default=1e-6, le=1.0, description="epsilon of the norms of these vectors")
+    scale: Positive | None = Field(default=None, description="score multiplier; (own_dim + shared_dim)**-0.5 unless given")
+    cp: AttentionWay = Field(default="", description=_WAY)
+
+    def rules(self) -> list[str]:
+        lines = bounded("heads", "the keys and values", self.kv_width) + bounded("heads", "the queries", self.query_width)
+        if self.rope and (self.rope.fraction != 1 or self.shared_dim % 2):
+            lines.append(f"shared_dim: is {self.shared_dim}; rope must rotate all of it (fraction = 1), an even number")
+        return lines + bounded("q_rank", "the input projection", self.in_width)
+
+    @property
+    def head_dim(self) -> int:
+        """Columns of a query or key head."""
+        return self.own_dim + self.shared_dim
+
+    @property
+    def query_width(self) -> int:
+        """Columns of all queries."""
+        return self.heads * self.head_dim
+
+    @property
+    def value_width(self) -> int:
+        """Columns of all values."""
+        return self.heads * self.value_dim
+
+    @property
+    def kv_width(self) -> int:
+        """Columns of the keys' own parts and the values."""
+        return self.heads * (self.own_dim + self.value_dim)
+
+    @property
+    def in_width(self) -> int:
+        """Columns of the input projection: query or what it comes from | what keys and values come from | shared key."""
+        return (self.q_rank or self.query_width) + self.kv_rank + self.shared_dim
 
 
 class Gdn(Frozen):
@@ -224,6 +285,11 @@ class Mamba2(Frozen):
     dt_limit: tuple[NotNegative, NotNegative] | None = Field(
         default=None, strict=False, description="[low, high] of time steps as the model runs; no limit when absent"
     )
+    in_scales: tuple[float, ...] = Field(
+        default=(), strict=False, description="what z, x, B, C and dt are multiplied by as they are projected; five, or none"
+    )
+    out_norm: bool = Field(default=True, description="a norm behind the gate")
+    norm_first: bool = Field(default=False, description="that norm stands before the gate")
     a_min: Positive = Field(default=1.0, description="smallest initial decay rate")
     a_max: Positive = Field(default=16.0, description="largest initial decay rate")
     cp: RecurrenceWay = Field(default="", description=_WAY)
@@ -239,6 +305,8 @@ class Mamba2(Frozen):
             lines += divides("norm_groups", self.norm_groups, "heads * head_dim", self.inner)
         lines += at_most("dt_min", self.dt_min, "dt_max", self.dt_max)
         lines += at_most("a_min", self.a_min, "a_max", self.a_max)
+        if len(self.in_scales) not in (0, 5):
+            lines.append(f"in_scales: has {len(self.in_scales)}; must have five (z, x, B, C, dt) or none")
         if self.dt_limit:
             lines += at_most("dt_limit.0", self.dt_limit[0], "dt_limit.1", self.dt_limit[1])
         return lines + bounded("heads", "the input projection", self.in_width)
@@ -267,8 +335,11 @@ class Mlp(Frozen):
     act: Act = Field(default="silu", description="activation")
     glu: bool = Field(default=True, description="act(gate) * up instead of act(up)")
     bias: bool = Field(default=False, description="bias on every projection")
+    gate_scale: float = Field(default=1.0, description="what the gate is multiplied by before its activation")
 
     def rules(self) -> list[str]:
+        if self.gate_scale != 1 and not self.glu:
+            return [f"gate_scale: is {self.gate_scale}; must be 1 without a gate (glu = false)"]
         return bounded("width", "2 * width", 2 * self.width) if self.glu else []
 
 

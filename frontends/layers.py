@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Any
 
-from ..ir import ONES, ZEROS, Builder, Graph, Init, Value, ops, tensor_type
-from .kinds import Attention, Gdn, Kda, Mamba2, Mlp, Moe
+from ..ir import ONES, ZEROS, Builder, Graph, Init, TensorType, Value, ops, tensor_type
+from .kinds import Attention, Gdn, Kda, Mamba2, Mla, Mlp, Moe, Rope
+from .parallel import Parallel, prefix
 from .spec import ModelSpec
 
-Mixer = Callable[["Layer", Any, Any], Value]
+Mixer = Callable[["Layer", Any, Any], "Value | tuple[Value, ...]"]
 
 
 @dataclass(frozen=True)
@@ -22,18 +24,22 @@ class Layer:
     spec: ModelSpec
     dtype: str
     shared: Mapping[str, Value]  # p: positions, cu: segment borders, seed: of the dropout
+    prefix: str = ""  # of its parameters' names
+
+    def param(self, name: str, type_: TensorType, init: Init) -> Value:
+        return self.b.param(self.prefix + name, type_, init)
 
     def weight(self, name: str, *shape: int, out: bool = False) -> Value:
         """A matrix; one that writes into the residual stream starts smaller by sqrt(number of blocks)."""
         std = self.spec.init_std / (math.sqrt(len(self.spec.blocks)) if out else 1)
-        return self.b.param(name, tensor_type(self.dtype, *shape), Init("normal", (float(f"{std:.6g}"),)))
+        return self.param(name, tensor_type(self.dtype, *shape), Init("normal", (float(f"{std:.6g}"),)))
 
     def vector(self, name: str, size: int, init: Init) -> Value:
-        return self.b.param(name, tensor_type(self.dtype, size), init)
+        return self.param(name, tensor_type(self.dtype, size), init)
 
     def wide_vector(self, name: str, size: int, init: Init) -> Value:
         """A small parameter that is kept in at least float32: decay rates, step biases, routing biases."""
-        return self.b.param(name, tensor_type("f64" if self.dtype == "f64" else "f32", size), init)
+        return self.param(name, tensor_type("f64" if self.dtype == "f64" else "f32", size), init)
 
     def norm(self, x: Value, name: str, size: int) -> Value:
         """The model's norm, as in front of every block."""
@@ -50,7 +56,8 @@ def model_norm(spec: ModelSpec, x: Value, vector: Callable[[str, Init], Value]) 
     w = vector("", ZEROS if spec.zero_centered else ONES)
     if spec.norm == "rms":
         return ops.rms_norm(x, w, eps=spec.norm_eps, zero_centered=spec.zero_centered)
-    return ops.layer_norm(x, w, vector("_bias", ZEROS), eps=spec.norm_eps, zero_centered=spec.zero_centered)
+    bias = {"bias": vector("_bias", ZEROS)} if spec.norm_bias else {}
+    return ops.layer_norm(x, w, **bias, eps=spec.norm_eps, zero_centered=spec.zero_centered)
 
 
 def heads(x: Value, h: int) -> Value:
@@ -68,12 +75,15 @@ def attention(at: Layer, x: Value, kind: Attention) -> Value:
     gated = kind.query_width if kind.gate else 0
     wide = at.linear(x, "w_in", kind.query_width + gated + 2 * kind.kv_width, bias=kind.bias)
     q, *gate, k, v = ops.split(wide, sizes=(kind.query_width, *((gated,) if gated else ()), kind.kv_width, kind.kv_width))
+    if kind.qk_norm_whole:
+        with at.b.at("qk_norm"):
+            q, k = _head_norm(at, q, "q_norm", kind.query_width), _head_norm(at, k, "k_norm", kind.kv_width)
     q, k, v = heads(q, kind.heads), heads(k, kind.kv_heads), heads(v, kind.kv_heads)
-    if kind.qk_norm:
+    if kind.qk_norm and not kind.qk_norm_whole:
         with at.b.at("qk_norm"):
             q, k = (_head_norm(at, y, name, kind.head_dim) for y, name in ((q, "q_norm"), (k, "k_norm")))
     if kind.rope:
-        q, k = (ops.rope(y, at.shared["p"], **_rope(kind)) for y in (q, k))
+        q, k = (ops.rope(y, at.shared["p"], **_rope(kind.rope)) for y in (q, k))
     named = {"cu": at.shared["cu"]} if "cu" in at.shared else {}
     if kind.sinks:
         named["sinks"] = at.wide_vector("sinks", kind.heads, ZEROS)
@@ -86,17 +96,38 @@ def attention(at: Layer, x: Value, kind: Attention) -> Value:
 
 
 def _head_norm(at: Layer, x: Value, name: str, size: int) -> Value:
-    """RMS norm of every head, zero-centered where the model's norms are."""
+    """RMS norm of the last dim, zero-centered where the model's norms are."""
     w = at.vector(name, size, ZEROS if at.spec.zero_centered else ONES)
     return ops.rms_norm(x, w, eps=at.spec.norm_eps, zero_centered=at.spec.zero_centered)
 
 
-def _rope(kind: Attention) -> dict[str, Any]:
-    rope = kind.rope
-    assert rope is not None
+def _rope(rope: Rope) -> dict[str, Any]:
     s = rope.scaling
     scaling = (s.factor, s.low, s.high, float(s.original)) if s else ()
-    return {"theta": rope.theta, "fraction": rope.fraction, "interleaved": rope.interleaved, "scaling": scaling}
+    same = {"theta": rope.theta, "fraction": rope.fraction, "interleaved": rope.interleaved, "rounded": rope.rounded}
+    return {**same, "scaling": scaling}
+
+
+def mla(at: Layer, x: Value, kind: Mla) -> Value:
+    """Latent attention: q | kv latent | shared key from one projection; norms of the latents; heads; rope on what is shared."""
+    wide = at.linear(x, "w_in", kind.in_width)
+    q, latent, shared = ops.split(wide, sizes=(kind.q_rank or kind.query_width, kind.kv_rank, kind.shared_dim))
+    with at.b.at("query"):
+        if kind.q_rank:
+            q = at.linear(_rank_norm(at, q, "q_norm", kind), "w_q", kind.query_width)
+        q_own, q_shared = ops.split(heads(q, kind.heads), sizes=(kind.own_dim, kind.shared_dim))
+    with at.b.at("keys"):
+        both = heads(at.linear(_rank_norm(at, latent, "kv_norm", kind), "w_kv", kind.kv_width), kind.heads)
+        k_own, v = ops.split(both, sizes=(kind.own_dim, kind.value_dim))
+        shared = heads(shared, 1)
+    if kind.rope:
+        q_shared, shared = (ops.rope(y, at.shared["p"], **_rope(kind.rope)) for y in (q_shared, shared))
+    q, k = ops.concat(q_own, q_shared), ops.concat(k_own, ops.repeat_heads(shared, r=kind.heads))
+    return at.linear(merge(ops.attention(q, k, v, **_cu(at), scale=kind.scale)), "w_out", at.spec.hidden, residual=True)
+
+
+def _rank_norm(at: Layer, x: Value, name: str, kind: Mla) -> Value:
+    return ops.rms_norm(x, at.vector(name, int(x.type.dims[-1].size), ONES), eps=kind.rank_eps)
 
 
 def gdn(at: Layer, x: Value, kind: Gdn) -> Value:
@@ -121,7 +152,7 @@ def _cu(at: Layer) -> dict[str, Value]:
 
 def _conv(at: Layer, x: Value, width: int, taps: int, *, bias: bool = False) -> Value:
     bound = taps**-0.5
-    w = at.b.param("conv", tensor_type(at.dtype, width, taps), Init("uniform", (-bound, bound)))
+    w = at.param("conv", tensor_type(at.dtype, width, taps), Init("uniform", (-bound, bound)))
     named = {"bias": at.vector("conv_bias", width, ZEROS)} if bias else {}
     y, _ = ops.causal_conv1d(x, w, **named, **_cu(at), act="silu")
     return y
@@ -160,8 +191,7 @@ def kda(at: Layer, x: Value, kind: Kda) -> Value:
 
 def mamba2(at: Layer, x: Value, kind: Mamba2) -> Value:
     """Mamba-2: z|x|B|C|dt, conv over x|B|C, state space duality, gate then grouped norm (SEMANTICS: Mamba-2 mixer)."""
-    wide = at.linear(x, "w_in", kind.in_width)
-    z, xbc, dt = ops.split(wide, sizes=(kind.inner, kind.conv_width, kind.heads))
+    z, xbc, dt = _ssd_input(at, x, kind)
     xbc = _conv(at, xbc, kind.conv_width, kind.conv, bias=kind.conv_bias)
     v, k, q = ops.split(xbc, sizes=(kind.inner, kind.groups * kind.state, kind.groups * kind.state))
     v, k, q = heads(v, kind.heads), heads(k, kind.groups), heads(q, kind.groups)
@@ -173,25 +203,57 @@ def mamba2(at: Layer, x: Value, kind: Mamba2) -> Value:
         rate = ops.neg_exp(at.wide_vector("A_log", kind.heads, Init("log_uniform", (kind.a_min, kind.a_max))))
         decay = ops.scale_columns(step, rate)
     y, _ = ops.ssd(q, k, v, decay, step, **_cu(at))
-    y = ops.add(y, ops.scale_heads(v, at.wide_vector("D", kind.heads, ONES)))
+    y = merge(ops.add(y, ops.scale_heads(v, at.wide_vector("D", kind.heads, ONES))))
     with at.b.at("out_norm"):
-        gated = ops.mul(merge(y), ops.silu(z))
-        o = ops.rms_norm(gated, at.vector("out_norm", kind.inner, ONES), eps=at.spec.norm_eps, groups=kind.norm_groups)
-    return at.linear(o, "w_out", at.spec.hidden, residual=True)
+        y = _ssd_norm(at, y, kind) if kind.norm_first else y
+        y = ops.mul(y, ops.silu(z))
+        y = y if kind.norm_first else _ssd_norm(at, y, kind)
+    return at.linear(y, "w_out", at.spec.hidden, residual=True)
+
+
+def _ssd_input(at: Layer, x: Value, kind: Mamba2) -> list[Value]:
+    """z, what the convolution sees, and dt, each section times its scale."""
+    wide = at.linear(x, "w_in", kind.in_width)
+    if not kind.in_scales:
+        return ops.split(wide, sizes=(kind.inner, kind.conv_width, kind.heads))
+    state = kind.groups * kind.state
+    sections = ops.split(wide, sizes=(kind.inner, kind.inner, state, state, kind.heads))
+    z, v, k, q, dt = (ops.scale(y, by=by) if by != 1 else y for y, by in zip(sections, kind.in_scales, strict=True))
+    return [z, ops.concat(ops.concat(v, k), q), dt]
+
+
+def _ssd_norm(at: Layer, x: Value, kind: Mamba2) -> Value:
+    if not kind.out_norm:
+        return x
+    return ops.rms_norm(x, at.vector("out_norm", kind.inner, ONES), eps=at.spec.norm_eps, groups=kind.norm_groups)
 
 
 def mlp(at: Layer, x: Value, kind: Mlp) -> Value:
     """Dense feed-forward: act(gate) * up, or act(up)."""
     wide = at.linear(x, "w_in", kind.width * (2 if kind.glu else 1), bias=kind.bias)
-    return at.linear(_activate(wide, kind.act, kind.glu), "w_out", at.spec.hidden, residual=True, bias=kind.bias)
+    inner = _activate(wide, kind.act, kind.glu, kind.gate_scale)
+    return at.linear(inner, "w_out", at.spec.hidden, residual=True, bias=kind.bias)
 
 
-def _activate(x: Value, act: str, glu: bool) -> Value:
+def parallel(at: Layer, x: Value, kind: Parallel) -> Value:
+    """A weighted sum of mixers; x is normed already, unless the parts have norms of their own."""
+    made = list[Value]()
+    for i, part in enumerate(kind.parts):
+        own = replace(at, prefix=prefix(i))
+        with at.b.at(part.kind):
+            y = MIXERS[part.kind](own, _normed(own, x, "norm") if kind.own_norms else x, part)
+            assert isinstance(y, Value)
+            made.append(ops.scale(y, by=kind.scales[i]) if kind.scales and kind.scales[i] != 1 else y)
+    return reduce(ops.add, made)
+
+
+def _activate(x: Value, act: str, glu: bool, gate_scale: float = 1.0) -> Value:
     name, options = ("gelu", {"approximate": "tanh"}) if act == "gelu_tanh" else (act, {})
     if not glu:
         return getattr(ops, name)(x, **options)
     size = int(x.type.dims[-1].size)
     gate, up = ops.split(x, sizes=(size // 2, size // 2))
+    gate = gate if gate_scale == 1 else ops.scale(gate, by=gate_scale)
     return ops.mul(getattr(ops, name)(gate, **options), up)
 
 
@@ -234,19 +296,29 @@ def _balance(kind: Moe, logits: Value, chosen: Value) -> tuple[Value, ...]:
     return (ops.add(*losses),) if len(losses) == 2 else tuple(losses)
 
 
-MIXERS: dict[str, Mixer] = {"attention": attention, "gdn": gdn, "kda": kda, "mamba2": mamba2, "mlp": mlp, "moe": moe}  # type: ignore[dict-item] # each takes its own kind
+MIXERS: dict[str, Mixer] = {
+    "attention": attention, "mla": mla, "gdn": gdn, "kda": kda, "mamba2": mamba2, "mlp": mlp, "moe": moe,
+    "parallel": parallel,
+}  # fmt: skip
 
 
 def build_layer(kind: Any, spec: ModelSpec, dtype: str, shared: Mapping[str, Any], name: str) -> Graph:
-    """`x + mixer(norm(x))` of one kind; `shared` are the types of the other values it reads, by name."""
+    """`x + mixer(norm(x))` of one kind, normed where the spec says; `shared` are the types of what else it reads, by name."""
     b = Builder(name, "layer")
     x = b.input("x", tensor_type(dtype, "b", "s", spec.hidden))
     layer = Layer(b, spec, dtype, {n: b.input(n, t) for n, t in shared.items()})
     with b.at(name):
-        with b.at("norm"):
-            h = layer.norm(x, "norm", spec.hidden)
+        bare = spec.norm_place == "after" or (isinstance(kind, Parallel) and kind.own_norms)
+        h = x if bare else _normed(layer, x, "norm")
         made = MIXERS[kind.kind](layer, h, kind)
         y, *losses = made if isinstance(made, tuple) else (made,)
+        y = y if spec.norm_place == "before" else _normed(layer, y, "post_norm")
+        y = y if spec.residual_scale == 1 else ops.scale(y, by=spec.residual_scale)
         if spec.dropout and "seed" in layer.shared:
             y = ops.dropout(y, layer.shared["seed"], p=spec.dropout)
         return b.finish([ops.add(x, y), *losses])
+
+
+def _normed(layer: Layer, x: Value, name: str) -> Value:
+    with layer.b.at(name):
+        return layer.norm(x, name, layer.spec.hidden)

@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from ..ir.errors import SpecError
+from .hf import is_folder, read_spec
 from .presets import PRESETS, preset_path
 from .problems import shown, suggest
 from .spec import ModelSpec, named_kinds, spec_of
@@ -22,11 +23,13 @@ MAX_DOTS = 300
 
 
 def load_spec(source: str | Path | Mapping[str, Any]) -> ModelSpec:
-    """The spec in a .toml or .json file, of a preset's name, or of a mapping with a spec file's fields."""
+    """The spec in a .toml or .json file, of a Hugging Face folder, a preset's name, or a mapping with a spec file's fields."""
     if isinstance(source, Mapping):
         return spec_of(source)
     if not isinstance(source, (str, Path)):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise SpecError(f"spec: is {shown(source)}; must be a path, a preset's name or a mapping")
+    if source not in [preset.name for preset in PRESETS] and is_folder(source):
+        return read_spec(source)
     path = _find(source)
     return spec_of(_parse(path, _read(path)), subject=path.name)
 
@@ -48,6 +51,8 @@ def _find(source: str | Path) -> Path:
     if isinstance(source, str) and source in names:
         return preset_path(source)
     path = Path(source)
+    if "\0" not in str(source) and path.is_dir() and not path.suffix:
+        raise SpecError(f"spec: {shown(str(source))} is a folder without a config.json; must be a Hugging Face folder")
     if path.suffix.lower() not in (".toml", ".json"):
         text = f"{shown(str(source))} is neither a preset nor a .toml or .json file"
         raise SpecError(f"spec: {text}; presets: {suggest(source, names)}")

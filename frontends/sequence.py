@@ -9,11 +9,12 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError
 
 from ..ir.errors import SpecError
-from .kinds import Attention, Frozen, Gdn, Kda, Mamba2, Mlp, Moe
+from .kinds import Attention, Frozen, Gdn, Kda, Mamba2, Mla, Mlp, Moe
+from .parallel import Parallel
 from .pattern import pattern_names
 from .problems import MAX_PROBLEMS, PLAIN, explain, join, kind_problem, shown, suggest
 
-Kind = Attention | Gdn | Kda | Mamba2 | Mlp | Moe
+Kind = Attention | Gdn | Kda | Mamba2 | Mlp | Moe | Mla | Parallel
 Block = Annotated[Kind, Field(discriminator="kind")]
 
 KINDS: dict[str, type[Kind]] = {
@@ -23,6 +24,8 @@ KINDS: dict[str, type[Kind]] = {
     "mamba2": Mamba2,
     "mlp": Mlp,
     "moe": Moe,
+    "mla": Mla,
+    "parallel": Parallel,
 }
 MAX_BLOCKS = 10_000
 WAYS = ("blocks", "pattern", "ratio")

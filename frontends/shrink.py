@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from .kinds import Attention, Gdn, Kda, Mamba2, Mlp, Moe
+from .kinds import Attention, Gdn, Kda, Mamba2, Mla, Mlp, Moe
+from .parallel import Parallel
 from .sequence import Kind
 from .spec import ModelSpec
 
@@ -44,6 +45,8 @@ def _small(block: Kind) -> Kind:
     match block:
         case Attention():
             small = _attention(block)
+        case Mla():
+            small = _mla(block)
         case Gdn():
             small = _gdn(block)
         case Kda():
@@ -54,6 +57,8 @@ def _small(block: Kind) -> Kind:
             small = {"width": min(block.width, 44)}
         case Moe():
             small = _moe(block)
+        case Parallel():
+            small = {"parts": tuple(_small(part) for part in block.parts)}
     fields: dict[str, Any] = {**_fields(block), **small}
     return type(block)(**fields)
 
@@ -75,6 +80,12 @@ def _head_dim(block: Attention) -> int:
     share = block.rope.fraction if block.rope else 1.0
     fits = (n for n in range(6, block.head_dim) if (n * share).is_integer() and n * share % 2 == 0)
     return next(fits, block.head_dim) if block.rope else min(block.head_dim, 6)
+
+
+def _mla(block: Mla) -> dict[str, Any]:
+    ranks = {"kv_rank": min(block.kv_rank, 10), "q_rank": min(block.q_rank, 14)}
+    dims = {"own_dim": min(block.own_dim, 6), "shared_dim": min(block.shared_dim, 4), "value_dim": min(block.value_dim, 10)}
+    return {"heads": _two(block.heads), **ranks, **dims}
 
 
 def _gdn(block: Gdn) -> dict[str, Any]:

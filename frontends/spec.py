@@ -23,12 +23,19 @@ class ModelSpec(Frozen):
     blocks: tuple[Block, ...] = Field(strict=False, description="the resolved sequence")
     stages: tuple[Size, ...] = Field(default=(), strict=False, description="blocks per pipeline stage; none for no borders")
     norm: Literal["rms", "layer"] = Field(default="rms", description="norm before each block and before the head")
+    norm_bias: bool = Field(default=True, description="layer norms have a bias")
+    norm_place: Literal["before", "after", "both"] = Field(
+        default="before", description="x + f(norm(x)), x + norm(f(x)), or both, with a norm of its own on either side"
+    )
     norm_eps: Positive = Field(default=1e-5, le=1.0, description="epsilon of every norm")
     zero_centered: bool = Field(
         default=False, description="block, final and q/k norm weights are stored minus one; gated norms inside mixers are not"
     )
     tied: bool = Field(default=False, description="the head reuses the embedding")
     embed_scale: Positive = Field(default=1.0, description="embeddings are multiplied by this")
+    learned_positions: bool = Field(default=False, description="a table of max_length positions is added to the embeddings")
+    residual_scale: Positive = Field(default=1.0, description="what a block adds to the residual stream is multiplied by this")
+    logit_scale: Positive = Field(default=1.0, description="logits are multiplied by this, before any softcap")
     logit_softcap: NotNegative = Field(default=0.0, description="logits become c tanh(logit / c); 0 for none")
     dropout: NotNegative = Field(default=0.0, lt=1.0, description="residual dropout")
     init_std: Positive = Field(default=0.02, description="deviation of the initial weights")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,16 +36,17 @@ class CompiledModel(torch.nn.Module):
 
     def __init__(
         self, graph: Graph, make: Callable[[Variant], Program], *, description: str = "", compiled: bool = True, seed: int = 0,
-        device: str = "cpu", layout: Layout | None = None,
+        device: str = "cpu", layout: Layout | None = None, weights: Mapping[str, Tensor] | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
+        self.origin: Mapping[str, Any] = {}  # the config of the folder that it came from
         self.graph, self.description = graph, description
         self.layout = layout
         self._layers: dict[Graph, CompiledLayer] | None = {} if compiled else None
         self._make, self._runners = make, dict[Variant, Runner]()
         self.vocab = int(graph.params[0].type.dims[0].size)  # rows of the embedding, the first parameter
         self.shapes = dict[str, tuple[int, ...]]()  # of the parameters, as one process has them
-        for name, tensor in initial(graph, seed).items():
+        for name, tensor in initial(graph, seed).items() if weights is None else given(graph, weights):
             self.shapes[name] = tuple(tensor.shape)
             _place(self, name, torch.nn.Parameter(own_part(layout, name, tensor).to(device)))
 
@@ -238,6 +239,12 @@ def initial(graph: Graph, seed: int) -> dict[str, Tensor]:
         rng = torch.Generator().manual_seed(zlib.crc32(name.encode()) ^ (seed * 0x9E3779B1 & 0xFFFFFFFF))
         made[name] = fill(init, tuple(bound_size(d.size, {}) for d in type_.dims), rng).to(DTYPES[type_.dtype])
     return made
+
+
+def given(graph: Graph, weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter's numbers out of `weights`, in its own type; one at a time, so that a file is not held twice."""
+    for name, (type_, _) in parameters(graph).items():
+        yield name, weights[name].to(DTYPES[type_.dtype])
 
 
 def _place(root: torch.nn.Module, name: str, parameter: torch.nn.Parameter) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,9 +40,9 @@ class PlacedModel(CompiledModel):
 
     def __init__(
         self, graph: Graph, make: Callable[[Variant], Program], layout: Layout, *, description: str = "",
-        compiled: bool = True, seed: int = 0, device: str = "cpu",
+        compiled: bool = True, seed: int = 0, device: str = "cpu", weights: Mapping[str, Tensor] | None = None,
     ) -> None:  # fmt: skip
-        options: Any = {"description": description, "compiled": compiled, "seed": seed, "device": device}
+        options: Any = {"description": description, "compiled": compiled, "seed": seed, "device": device, "weights": weights}
         super().__init__(graph, make, layout=layout, **options)
         self._drawn = torch.Generator().manual_seed(seed)  # every rank draws the same seeds of dropout
 

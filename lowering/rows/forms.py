@@ -256,7 +256,7 @@ def _rope(pull: Puller, node: Node, out: int, where: Where) -> Expr:
     x, p = pull.operand(node, 0, where), pull.at(node.operands[1], where[:2])
     other = pull.operand(node, 0, (*where[:-1], partner))
     angle = (p, pull.pool.index(pair))
-    table = (width, a["theta"], *a["scaling"])
+    table = (a["rounded"], width, a["theta"], *a["scaling"])
     cos, sin = m("rope_wave", *angle, params=(1, *table)), m("rope_wave", *angle, params=(0, *table))
     turn = m("where", second, m("neg", sin), sin) if a["inverse"] else m("where", second, sin, m("neg", sin))
     made = m("add", m("mul", x, cos), m("mul", other, turn))

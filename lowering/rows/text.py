@@ -25,14 +25,17 @@ LIBRARY: Mapping[str, str] = {
     "rope_wave": '''
 @triton.jit
 def rope_wave(
-    p, i, QUARTER: tl.constexpr, RATE: tl.constexpr, FACTOR: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
-    LENGTH: tl.constexpr,
+    p, i, QUARTER: tl.constexpr, ROUNDED: tl.constexpr, RATE: tl.constexpr, FACTOR: tl.constexpr, LOW: tl.constexpr,
+    HIGH: tl.constexpr, LENGTH: tl.constexpr,
 ):
     """The sine of p theta^(-2 i / width), a quarter turn on: the cosine; RATE is 2 log2(theta) / width.
 
     Turns are counted in float64, so that far positions stay sharp; within an eighth of a turn, polynomials (Cephes).
     """
-    f = tl.exp2(i.to(tl.float64) * -RATE) * 0.15915494309189535
+    f = tl.exp2(i.to(tl.float64) * -RATE)
+    if ROUNDED:
+        f = f.to(tl.float32).to(tl.float64)
+    f = f * 0.15915494309189535
     if FACTOR > 0:
         blend = tl.minimum(tl.maximum((LENGTH * f - LOW) / (HIGH - LOW), 0.0), 1.0)
         f = f * (blend + (1.0 - blend) / FACTOR)
@@ -58,9 +61,9 @@ def number(value: float) -> str:
 
 def rope_arguments(table: Sequence[object]) -> str:
     """What `rope_wave` takes behind position and pair."""
-    quarter, width, theta, *scaling = (float(x) for x in table)  # type: ignore[arg-type] # numbers by construction
+    quarter, rounded, width, theta, *scaling = (float(x) for x in table)  # type: ignore[arg-type] # numbers by construction
     factor, low, high, length = scaling or (0.0, 0.0, 1.0, 0.0)
-    return f"{int(quarter)}, {2 * math.log2(theta) / width!r}, {factor!r}, {low!r}, {high!r}, {length!r}"
+    return f"{int(quarter)}, {bool(rounded)}, {2 * math.log2(theta) / width!r}, {factor!r}, {low!r}, {high!r}, {length!r}"
 
 
 def _term(term: Term, sizes: Mapping[str, str]) -> str:

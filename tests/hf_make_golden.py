@@ -1,0 +1,62 @@
+"""What transformers says of the cases in `hf_cases`, in true float64: run with transformers to write `hf_golden.json` anew."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from hf_cases import CASES, config, product, tokens, weight, write  # pyright: ignore[reportMissingImports]
+
+REAL = (torch.float32, torch.float, torch.Tensor.float)
+
+
+def golden(name: str) -> dict[str, Any]:
+    """Some logits, the loss, and for every gradient its product with a wave."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with tempfile.TemporaryDirectory() as folder:
+        fields = config(name)
+        (Path(folder) / "config.json").write_text(json.dumps(fields))
+        chosen: Any = AutoConfig.from_pretrained(folder)
+        # Saving tells the names that files have.
+        AutoModelForCausalLM.from_config(chosen, attn_implementation="eager").save_pretrained(folder)
+        from safetensors.torch import load_file
+
+        shapes = {n: tuple(t.shape) for n, t in load_file(Path(folder) / "model.safetensors").items()}
+        write(Path(folder), fields, {n: weight(n, s) for n, s in shapes.items()})
+        options: Any = {"attn_implementation": "eager", "experts_implementation": "eager", "dtype": torch.float32}
+        model = AutoModelForCausalLM.from_pretrained(folder, **options).double().eval()
+    return {"shapes": shapes, **measured(model)}
+
+
+def measured(model: Any) -> dict[str, Any]:
+    """The forward and backward in float64: what the code calls float32 is float64 while it runs."""
+    torch.float32 = torch.float = torch.float64  # type: ignore[misc]
+    torch.Tensor.float = torch.Tensor.double  # type: ignore[method-assign]
+    try:
+        logits = model(input_ids=tokens(), use_cache=False).logits
+        wanted = tokens()[:, 1:]
+        loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), wanted.flatten())
+        loss.backward()
+    finally:
+        torch.float32, torch.float, torch.Tensor.float = REAL  # type: ignore[misc, method-assign]
+    grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return {
+        "logits": logits.detach()[:, ::6, ::13].flatten().tolist(),
+        "loss": float(loss),
+        "gradients": {n: float(product(g)) for n, g in grads.items()},
+    }
+
+
+if __name__ == "__main__":
+    found = {name: golden(name) for name in (sys.argv[1:] or CASES)}
+    path = Path(__file__).with_name("hf_golden.json")
+    old = json.loads(path.read_text()) if path.exists() else {}
+    lines = [f"{json.dumps(name)}: {json.dumps(case, sort_keys=True)}" for name, case in sorted({**old, **found}.items())]
+    path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
