@@ -104,7 +104,7 @@ def _attribute(made: OpDef, name: str) -> dict[str, Any]:
 def _lowering(made: OpDef, form: Any) -> dict[str, str]:
     if form is None:
         return {"runs": "reference", "why": "fused with its neighbours by torch.compile", "defined": place(made.reference)}
-    return {"runs": "form", "why": form.why, "defined": place(form.run)}
+    return {"runs": "form", "why": form.reason, "defined": place(form.run)}
 
 
 def _row_form(made: OpDef) -> dict[str, dict[str, str]]:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ...ir.errors import PlaitError, TypeMismatch
-from .chunked import Operands, Saved, forward, saved_shapes
+from ..cpp import recurrence as generated
+from .chunked import Operands, Saved, chunks_of, forward, room, saved_shapes
 from .chunked_backward import backward
 from .precision import opaque
 from .recurrent import FEW, decode
@@ -41,13 +42,13 @@ def linear_recurrence(
     update: str = "delta",
 ) -> tuple[Tensor, Tensor]:
     """S' = exp(decay) S; S = S' + beta k (v - S'^T k)^T (delta) or S' + beta k v^T (additive); o = scale S^T q."""
-    _check(q, k, v, decay, beta, state, cu, update)
+    check(q, k, v, decay, beta, state, cu, update)
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, decay, beta, state))
     o, final, *_ = torch.ops.plait.linear_recurrence(q, k, v, decay, beta, state, cu, scale, update, keep)
     return o, final
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, decay: Maybe, beta: Maybe, state: Maybe, cu: Maybe, update: str) -> None:
+def check(q: Tensor, k: Tensor, v: Tensor, decay: Maybe, beta: Maybe, state: Maybe, cu: Maybe, update: str) -> None:
     """Refuses operands that do not fit together; the letters are those of the op's signature."""
     if update not in UPDATES:
         raise TypeMismatch(f"linear_recurrence: update is {update!r}; it must be one of {', '.join(UPDATES)}")
@@ -79,8 +80,14 @@ def _dims(x: Tensor) -> str:
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, decay: Maybe, beta: Maybe, state: Maybe, cu: Maybe, scale: float, update: str, keep: bool
 ) -> tuple[Tensor, ...]:
-    """The op's kernel on any device."""
+    """The op's kernel on any device: C++ where it is made for the call, else torch code."""
     x = Operands(q, k, v, decay, beta, state, cu, scale, update == "delta")
+    if generated.ready(x):
+        check(q, k, v, decay, beta, state, cu, update)  # C++ reads by address
+        chunks = chunks_of(x) if keep or cu is not None else None  # says what is wrong with cu
+        saved = room(x, chunks) if keep and chunks else None
+        o, final = generated.forward(x, saved and (saved.u, saved.solve, saved.states))
+        return o, final, *((saved.u, saved.solve, saved.states) if saved else (v.new_empty(0) for _ in range(3)))
     if not keep and cu is None and 0 < v.shape[1] <= FEW:
         o, final = decode(x)
         return o, final, *(v.new_empty(0) for _ in range(3))
@@ -117,8 +124,11 @@ def _backward(
 ) -> tuple[Tensor, ...]:
     """The backward op's kernel on any device; an empty tensor stands for the gradient of an absent operand."""
     x = Operands(q, k, v, decay, beta, state, cu, scale, update == "delta")
-    out = backward(x, Saved(u, solve, states), do, dfinal)
     none = v.new_empty(0)
+    if generated.ready(x):
+        *grads, start = generated.backward(x, (u, solve, states), do, dfinal)
+        return *(none if y is None else y for y in grads), none if state is None or start is None else start.to(state.dtype)
+    out = backward(x, Saved(u, solve, states), do, dfinal)
     return (
         out.q,
         out.k,

@@ -1,0 +1,5 @@
+"""C++ for the CPU, generated from traits: linear recurrences and the short convolution."""
+
+from .build import Unbuilt, compiler, load, remark
+
+__all__ = ["Unbuilt", "compiler", "load", "remark"]

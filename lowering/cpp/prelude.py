@@ -1,0 +1,235 @@
+"""What every generated C++ file starts with: vectors, exp, operands of any dtype, and the matrix products of a chunk."""
+
+from __future__ import annotations
+
+VECTORS = """\
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <initializer_list>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+#if defined(__SSE2__)
+#include <xmmintrin.h>
+#endif
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+// Floats in a vector, and vectors in a tile of a product. What a machine lacks, the compiler writes out.
+#if defined(__AVX512F__)
+constexpr int W = 16, TILE = 4;
+#elif defined(__AVX__)
+constexpr int W = 8, TILE = 2;
+#else
+constexpr int W = 4, TILE = 2;
+#endif
+typedef float Vec __attribute__((vector_size(4 * W), aligned(4), may_alias));
+typedef int32_t Ints __attribute__((vector_size(4 * W), aligned(4), may_alias));
+
+static inline Vec at(const float* p) { return *(const Vec*)p; }
+static inline Vec& at(float* p) { return *(Vec*)p; }
+static inline Vec all(float x) { return x - Vec{}; }
+static inline Vec pick(Ints mask, Vec yes, Vec no) { return (Vec)((mask & (Ints)yes) | (~mask & (Ints)no)); }
+
+typedef float Four __attribute__((vector_size(16), aligned(4), may_alias));
+
+static inline float sum(Vec x)
+{
+    Four total = {};
+    for (int i = 0; i < W / 4; i++) total += ((const Four*)&x)[i];
+    return (total[0] + total[1]) + (total[2] + total[3]);
+}
+
+static inline float dot(const float* a, const float* b, int n)
+{
+    Vec total = {};
+    for (int i = 0; i < n; i += W) total += at(a + i) * at(b + i);
+    return sum(total);
+}
+
+// e^x to 2e-7, after Cephes; NaN stays NaN.
+static inline Vec exp_of(Vec x)
+{
+    x = pick(x < all(-87.0f), all(-87.0f), x);
+    x = pick(x > all(88.0f), all(88.0f), x);
+    const Vec shifted = x * 1.44269504f + 12582912.0f;
+    const Vec n = shifted - 12582912.0f;
+    const Vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    Vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    const Ints power = ((Ints)shifted - 0x4B400000 + 127) << 23;
+    return (p * r * r + r + 1.0f) * (Vec)power;
+}
+
+// Asks for large pages behind a large new result: its first touch is then cheaper than the work that fills it.
+static void fresh(void* p, int64_t bytes)
+{
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    const uint64_t page = 1 << 21, low = ((uint64_t)p + page - 1) & ~(page - 1), high = ((uint64_t)p + bytes) & ~(page - 1);
+    if (p && high > low) madvise((void*)low, high - low, MADV_HUGEPAGE);
+#endif
+}
+
+// Products of subnormal numbers are up to 250 times slower: within a kernel they are zero.
+struct Flushed {
+#if defined(__SSE2__)
+    unsigned before = _mm_getcsr();
+    Flushed() { _mm_setcsr(before | 0x8040); }
+    ~Flushed() { _mm_setcsr(before); }
+#elif defined(__aarch64__)
+    uint64_t before;
+    Flushed()
+    {
+        asm volatile("mrs %0, fpcr" : "=r"(before));
+        asm volatile("msr fpcr, %0" : : "r"(before | (1ull << 24)));
+    }
+    ~Flushed() { asm volatile("msr fpcr, %0" : : "r"(before)); }
+#endif
+};
+"""
+
+OPERANDS = """\
+enum { F32 = 0, BF16 = 1 };
+
+static inline float from_bf16(uint16_t x)
+{
+    const uint32_t bits = (uint32_t)x << 16;
+    float y;
+    memcpy(&y, &bits, 4);
+    return y;
+}
+
+static inline uint16_t to_bf16(float x)
+{
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    const uint32_t rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+    return x == x ? (uint16_t)rounded : (uint16_t)0x7FC0;
+}
+
+// n numbers into floats, times scale; zeros up to `width`.
+static inline void read_row(float* to, const void* from, int64_t type, int64_t n, int64_t width, float scale)
+{
+    if (type == F32)
+        for (int64_t i = 0; i < n; i++) to[i] = ((const float*)from)[i] * scale;
+    else
+        for (int64_t i = 0; i < n; i++) to[i] = from_bf16(((const uint16_t*)from)[i]) * scale;
+    for (int64_t i = n; i < width; i++) to[i] = 0;
+}
+
+static inline void write_row(void* to, const float* from, int64_t type, int64_t n, float scale)
+{
+    if (type == F32)
+        for (int64_t i = 0; i < n; i++) ((float*)to)[i] = from[i] * scale;
+    else
+        for (int64_t i = 0; i < n; i++) ((uint16_t*)to)[i] = to_bf16(from[i] * scale);
+}
+"""
+
+PRODUCTS = """\
+// c = keep c + alpha a b, keep a factor per row; without keep, c is overwritten. TA: a is given as [depth, row].
+template <bool TA, int R, int V>
+static inline void tile(const float* a, int lda, const float* b, int ldb, float* c, int ldc, int depth, float alpha,
+                        const float* keep)
+{
+    Vec sums[R][V];
+    for (int i = 0; i < R; i++)
+        for (int j = 0; j < V; j++) sums[i][j] = Vec{};
+    for (int k = 0; k < depth; k++) {
+        Vec row[V];
+        for (int j = 0; j < V; j++) row[j] = at(b + (int64_t)k * ldb + W * j);
+        for (int i = 0; i < R; i++) {
+            const float x = TA ? a[(int64_t)k * lda + i] : a[(int64_t)i * lda + k];
+            for (int j = 0; j < V; j++) sums[i][j] += x * row[j];
+        }
+    }
+    for (int i = 0; i < R; i++)
+        for (int j = 0; j < V; j++) {
+            Vec& to = at(c + (int64_t)i * ldc + W * j);
+            to = keep ? to * keep[i] + sums[i][j] * alpha : sums[i][j] * alpha;
+        }
+}
+
+// Rows come in sixes and fours: all even counts from 4 on are sums of these.
+template <bool TA, int V>
+static inline void strip(const float* a, int lda, const float* b, int ldb, float* c, int ldc, int rows, int depth,
+                         float alpha, const float* keep)
+{
+    const int fours = rows % 6 == 2 ? 2 : rows % 6 == 4 ? 1 : 0;
+    for (int i = 0; i < rows;) {
+        const float* from = TA ? a + i : a + (int64_t)i * lda;
+        float* to = c + (int64_t)i * ldc;
+        if (rows - i > 4 * fours) {
+            tile<TA, 6, V>(from, lda, b, ldb, to, ldc, depth, alpha, keep ? keep + i : nullptr);
+            i += 6;
+        } else {
+            tile<TA, 4, V>(from, lda, b, ldb, to, ldc, depth, alpha, keep ? keep + i : nullptr);
+            i += 4;
+        }
+    }
+}
+
+// rows and columns are multiples of 16.
+template <bool TA>
+static __attribute__((noinline)) void product(const float* a, int lda, const float* b, int ldb, float* c, int ldc, int rows,
+                                              int columns, int depth, float alpha, const float* keep)
+{
+    for (int j = 0; j < columns;) {
+        if (columns - j >= TILE * W) {
+            strip<TA, TILE>(a, lda, b + j, ldb, c + j, ldc, rows, depth, alpha, keep);
+            j += TILE * W;
+        } else if (TILE > 2 && columns - j >= 2 * W) {
+            strip<TA, 2>(a, lda, b + j, ldb, c + j, ldc, rows, depth, alpha, keep);
+            j += 2 * W;
+        } else {
+            strip<TA, 1>(a, lda, b + j, ldb, c + j, ldc, rows, depth, alpha, keep);
+            j += W;
+        }
+    }
+}
+
+// Exchanges blocks of `half` lanes between rows that stand `half` apart: done for all powers of two, it transposes.
+template <int HALF> static inline void exchange(Vec* rows)
+{
+#if defined(__clang__) || !defined(__GNUC__)
+    for (int i = 0; i < W; i++)
+        for (int j = 0; j < W; j++)
+            if (!(i & HALF) && (j & HALF)) {
+                const float x = rows[i][j];
+                rows[i][j] = rows[i + HALF][j - HALF];
+                rows[i + HALF][j - HALF] = x;
+            }
+#else
+    Ints low, high;
+    for (int j = 0; j < W; j++) {
+        low[j] = j & HALF ? j - HALF + W : j;
+        high[j] = j & HALF ? j + W : j + HALF;
+    }
+    for (int i = 0; i < W; i++)
+        if (!(i & HALF)) {
+            const Vec a = rows[i], b = rows[i + HALF];
+            rows[i] = __builtin_shuffle(a, b, low);
+            rows[i + HALF] = __builtin_shuffle(a, b, high);
+        }
+#endif
+    if constexpr (HALF > 1) exchange<HALF / 2>(rows);
+}
+
+// b[column, row] = a[row, column]
+static void transpose(const float* a, int lda, float* b, int ldb, int rows, int columns)
+{
+    for (int i = 0; i < rows; i += W)
+        for (int j = 0; j < columns; j += W) {
+            Vec block[W];
+            for (int y = 0; y < W; y++) block[y] = at(a + (int64_t)(i + y) * lda + j);
+            exchange<W / 2>(block);
+            for (int y = 0; y < W; y++) at(b + (int64_t)(j + y) * ldb + i) = block[y];
+        }
+}
+"""

@@ -1,0 +1,115 @@
+"""Generated C++ is built once and kept: cut short, shared, read-only, without a compiler."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from plait.lowering import cpp
+from plait.lowering.cpp import build
+from plait.lowering.cpp import conv as conv_text
+from plait.lowering.cpp import recurrence as recurrence_text
+
+TEXT = 'extern "C" __attribute__((visibility("default"))) int answer() {{ return {number}; }}\n'
+
+pytestmark = pytest.mark.skipif(cpp.compiler() is None, reason="no C++ compiler on this machine")
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of its own, and nothing loaded before."""
+    monkeypatch.setenv("PLAIT_CACHE", str(tmp_path))
+    monkeypatch.setattr(build, "_LOADED", {})
+    monkeypatch.setattr(build, "_WARNED", set())
+    return tmp_path
+
+
+def answer(number: int) -> int:
+    return cpp.load(TEXT.format(number=number), "answer").answer()
+
+
+def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*operands: object) -> None:
+        raise AssertionError("compiled again")
+
+    monkeypatch.setattr(build, "_compile", refuse)
+
+
+def kept(place: Path, suffix: str) -> Path:
+    (found,) = place.glob(f"answer_*.{suffix}")
+    return found
+
+
+def test_built_once_and_found_again(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert answer(41) == 41 and answer(42) == 42
+    assert len(list(place.glob("answer_*.so"))) == len(list(place.glob("answer_*.sha256"))) == 2
+    monkeypatch.setattr(build, "_LOADED", {})
+    no_compiler(monkeypatch)
+    assert answer(42) == 42
+    assert not [p for p in place.iterdir() if p.suffix not in (".so", ".cpp", ".sha256")]
+
+
+@pytest.mark.parametrize("harm", ["cut", "empty", "other", "no digest", "half a digest", "writable by all"])
+def test_a_harmed_file_is_built_again(harm: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answer(7)
+    library, digest = kept(place, "so"), kept(place, "sha256")
+    whole = library.read_bytes()
+    fresh = library.with_name("fresh")  # a new file: this process has the old one open
+    fresh.write_bytes({"cut": whole[: len(whole) // 2], "empty": b"", "other": b"\x7fELF" + whole[5:]}.get(harm, whole))
+    fresh.chmod(0o666 if harm == "writable by all" else 0o644)
+    fresh.replace(library)
+    if harm == "no digest":
+        digest.unlink()
+    if harm == "half a digest":
+        digest.write_text(digest.read_text()[:10])
+    monkeypatch.setattr(build, "_LOADED", {})
+    assert answer(7) == 7 and build._sound(library)  # pyright: ignore[reportPrivateUsage]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a directory is a file here")
+def test_a_directory_that_cannot_be_written_costs_a_warning_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("PLAIT_CACHE", str(tmp_path / "file" / "below"))
+    with pytest.warns(RuntimeWarning, match="built anew in every process: .*set PLAIT_CACHE to a directory") as found:
+        assert answer(1) == 1 and answer(2) == 2
+    assert len(found) == 1
+
+
+def test_many_processes_at_once(place: Path) -> None:
+    code = f"from plait.lowering import cpp; print(cpp.load({TEXT.format(number=5)!r}, 'answer').answer())"
+    command = [sys.executable, "-c", code]
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    assert [p.communicate(timeout=120)[0].strip() for p in running] == ["5"] * 3
+    assert build._sound(kept(place, "so"))  # pyright: ignore[reportPrivateUsage]
+
+
+def test_a_text_that_does_not_compile_says_why_once() -> None:
+    with pytest.raises(cpp.Unbuilt, match=r"does not compile wrong_\w+\.cpp"):
+        cpp.load("int f( { }", "wrong")
+    with pytest.warns(RuntimeWarning, match="wrong runs as torch code") as found:
+        assert build.library("int f( { }", "wrong") is None and build.library("int f( { }", "wrong") is None
+    assert len(found) == 1
+
+
+def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", "")
+    assert cpp.compiler() is None and build.library("", "nothing") is None
+    with pytest.raises(cpp.Unbuilt, match="install one or set CXX"):
+        cpp.load("", "nothing")
+    monkeypatch.setenv("CXX", "/no/such/compiler")
+    with pytest.raises(cpp.Unbuilt, match="CXX names no program: '/no/such/compiler'"):
+        cpp.load("", "nothing")
+
+
+def test_texts_differ_where_traits_do_and_nowhere_else() -> None:
+    made = [
+        recurrence_text.source(recurrence_text.Traits(delta, decay, 16, out))
+        for delta in (False, True) for decay in ("head", "channel") for out in (16, 32)
+    ]  # fmt: skip
+    assert len(set(made)) == len(made)
+    again = recurrence_text.source(recurrence_text.Traits(False, "head", 16, 16))
+    assert again == made[0] and conv_text.source(4, "silu") != conv_text.source(4, "none")
