@@ -9,9 +9,11 @@ from typing import Any
 
 from ..ir import OPS, Node, OpDef
 from . import forms
+from .cpp import remark
 from .forms.collectives import COLLECTIVE_FORMS, MOVING
 from .forms.crossing import crossing_form
 from .forms.under_way import UNDER_WAY_FORMS
+from .recurrent import faces
 
 TARGETS = ("cpu", "reference", "cuda", "interpreter")
 
@@ -22,20 +24,26 @@ class Form:
 
     run: Callable[..., Any]
     why: str
+    generated: bool = False  # C++ where a compiler is found, else torch code
+
+    @property
+    def reason(self) -> str:
+        """Why, and what the machine at hand adds to it."""
+        return f"{self.why}; {remark()}" if self.generated else self.why
 
 
 _CHUNKED = "chunked and matmul-rich, opaque to Dynamo"
 _CPU: dict[str, Form] = {
     "linear": Form(forms.linear, "half precision through float32 where the processor has no instructions for it"),
-    "gated_delta_rule": Form(forms.gated_delta_rule, _CHUNKED),
-    "delta_rule": Form(forms.delta_rule, _CHUNKED),
-    "kimi_delta_attention": Form(forms.kimi_delta_attention, _CHUNKED),
-    "ssd": Form(forms.ssd, _CHUNKED),
-    "gated_linear_attention": Form(forms.gated_linear_attention, _CHUNKED),
-    "retention": Form(forms.retention, _CHUNKED),
+    "gated_delta_rule": Form(forms.gated_delta_rule, _CHUNKED, generated=True),
+    "delta_rule": Form(forms.delta_rule, _CHUNKED, generated=True),
+    "kimi_delta_attention": Form(forms.kimi_delta_attention, _CHUNKED, generated=True),
+    "ssd": Form(forms.ssd, _CHUNKED, generated=True),
+    "gated_linear_attention": Form(forms.gated_linear_attention, _CHUNKED, generated=True),
+    "retention": Form(forms.retention, _CHUNKED, generated=True),
     "gated_delta_final": Form(forms.gated_delta_final, _CHUNKED),
     "kimi_delta_final": Form(forms.kimi_delta_final, _CHUNKED),
-    "causal_conv1d": Form(forms.causal_conv1d, "blocked multiply-adds, channels last, with a backward of its own"),
+    "causal_conv1d": Form(forms.causal_conv1d, "channels last, with a backward of its own", generated=True),
     "attention": Form(forms.attention, "SDPA, masks in blocks of queries"),
     "attention_part": Form(forms.attention_part, "torch's flash kernel on runs of places, else masks in blocks of queries"),
     "attention_part_gradients": Form(forms.attention_part_gradients, "as its forward, told the denominators of all parts"),
@@ -59,7 +67,12 @@ _CUDA: dict[str, Form] = {
     "anticausal_conv1d": Form(forms.device.anticausal_conv1d, _NO_HOST),
     "conv1d_taps": Form(forms.device.conv1d_taps, _NO_HOST),
     "grouped_linear": Form(forms.device.grouped_linear, "few rows fetch their matrices, many are a GEMM per expert"),
+    **{
+        name: Form(run, "generated Triton for half types; float32, whose products spill registers, is torch code on cuBLAS")
+        for name, run in faces(interpreted=False).items()
+    },
 }
+_INTERPRETED = _CUDA | {name: Form(run, "generated Triton, interpreted") for name, run in faces(interpreted=True).items()}
 _PLACED = {
     name: Form(run, "the ranks of a mesh axis, through torch.distributed")
     for name, run in (COLLECTIVE_FORMS | UNDER_WAY_FORMS).items()
@@ -69,7 +82,7 @@ _EAGER = {
     "anticausal_conv1d": Form(forms.stencils.anticausal_conv1d, "a shifted product per tap"),
     "conv1d_taps": Form(forms.stencils.conv1d_taps, "a sum per tap"),
 }
-_FORMS = {"cpu": _CPU | _PLACED, "reference": _PLACED, "cuda": _CUDA | _PLACED, "interpreter": _CUDA | _PLACED}
+_FORMS = {"cpu": _CPU | _PLACED, "reference": _PLACED, "cuda": _CUDA | _PLACED, "interpreter": _INTERPRETED | _PLACED}
 
 
 def form_of(op: OpDef, target: str) -> Form | None:
@@ -91,7 +104,7 @@ def choose(node: Node, target: str) -> tuple[Callable[..., Any], str, str]:
     form = form_of(op, target)
     if form is None:
         return op.reference, f"{op.name} (reference)", "fused with its neighbours by torch.compile"
-    return form.run, f"{form.run.__module__.rpartition('.')[2]}.{op.name}", form.why
+    return form.run, f"{form.run.__module__.rpartition('.')[2]}.{op.name}", form.reason
 
 
 def standing(node: Node) -> dict[str, str]:

@@ -44,7 +44,7 @@ def test_a_loss_is_the_mean_over_all_ranks() -> None:
     agree(before, after, gradients=True)
     text = str(split_batch(wide(blocks=["mlp"]))[0])
     forgotten = re.sub(r"all_reduce\((\w+), axis='dp'\)", r"scale(\1, by=1.0)", text)
-    with pytest.raises(PlaitError, match="mean_of: (total|count) is partial over dp"):
+    with pytest.raises(PlaitError, match=r"mean_of: (total|count) is partial over dp"):
         parse(forgotten)
 
 

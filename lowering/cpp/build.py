@@ -15,10 +15,13 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
+import torch
+
 from ...ir import PlaitError
 from ...ir.files import write_atomic, write_text
 from ..gpu.sources import cache_dir
 
+Tensor = torch.Tensor
 COMPILERS = ("c++", "g++", "clang++")
 # No fast-math: sums have the order they are written in, and NaN stays NaN.
 _COMMON = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-shared", "-fvisibility=hidden")
@@ -74,6 +77,16 @@ def processor() -> str:
     except OSError:
         named = {platform.processor()}
     return hashlib.sha256("\n".join([platform.machine(), *sorted(named)]).encode()).hexdigest()
+
+
+def addressable(*tensors: Tensor | None) -> bool:
+    """Whether tensors are numbers in this process's memory, and not what a tracer or a transform made of them."""
+    real = (Tensor, torch.nn.Parameter)
+    return all(x is None or (type(x) in real and x.device.type == "cpu" and not _wrapped(x)) for x in tensors)
+
+
+def _wrapped(x: Tensor) -> bool:
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(x))  # type: ignore[reportPrivateUsage] # it has no public name
 
 
 def load(source: str, name: str) -> ctypes.CDLL:

@@ -11,7 +11,7 @@ import torch
 
 from ...ir import DataError, PlaitError, TypeMismatch
 from . import prelude
-from .build import library
+from .build import addressable, library
 from .recurrence import TYPES, in_order
 
 Tensor = torch.Tensor
@@ -244,7 +244,7 @@ def _library(taps: int, act: str) -> ctypes.CDLL | None:
 
 def ready(x: Tensor, w: Tensor, act: str) -> bool:
     """Whether C++ runs a call: it is one that C++ is made for, and there is a compiler."""
-    known = x.device.type == "cpu" and x.dtype in TYPES and x.numel() > 0 and 2 <= w.shape[1] <= MOST
+    known = addressable(x, w) and x.dtype in TYPES and x.numel() > 0 and 2 <= w.shape[1] <= MOST
     return known and w.dtype in TYPES and _library(w.shape[1], act) is not None
 
 

@@ -13,6 +13,7 @@ import torch
 
 from ...ir import PlaitError
 from . import decays, prelude, skeleton, units
+from .build import addressable
 from .build import library as built
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ def ready(x: Operands) -> bool:
 def takes(x: Operands) -> bool:
     """Whether a call is one that C++ is made for."""
     tensors = [y for y in (x.q, x.k, x.v, x.decay, x.beta) if y is not None]
-    known = all(y.device.type == "cpu" and y.dtype in TYPES for y in tensors)
+    known = addressable(*tensors) and all(y.dtype in TYPES for y in tensors)
     return known and x.v.numel() > 0 and 0 < x.k.shape[3] <= WIDEST and x.v.shape[3] <= WIDEST
 
 

@@ -1,0 +1,282 @@
+"""The lines in which members of the family differ, by trait: what skeletons call `$name`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from .traits import Traits
+
+Parts = Mapping[str, str]
+
+COMMON: Parts = {
+    "rows": """
+o_i = tl.arange(0, CHUNK)
+last = tl.minimum(end - start, CHUNK).to(tl.int32) - 1
+m = o_i <= last""",
+    "key_columns": """
+o_k = i_k + tl.arange(0, BK)
+m_k = m[:, None] & inside(o_k, K, BK)[None, :]""",
+    "meeting": """
+$load_q
+$load_k""",
+    "gradient_gates": "$gates",
+    "value_columns": "m_v = m[:, None] & inside(o_v, V, BV)[None, :]",
+    "load_q": "q = tl.load(p_q + start * s_q_t + i_g * s_q_h + (o_i[:, None] * s_q_t + o_k[None, :]), mask=m_k, other=0.0)",
+    "load_k": "k = tl.load(p_k + start * s_k_t + i_g * s_k_h + (o_i[:, None] * s_k_t + o_k[None, :]), mask=m_k, other=0.0)",
+    "load_v": "v = tl.load(p_v + start * s_v_t + i_h * s_v_h + (o_i[:, None] * s_v_t + o_v[None, :]), mask=m_v, other=0.0)",
+    "load_do": """
+o_do = o_i[:, None] * s_do_t + o_v[None, :]
+do = tl.load(p_do + start * s_do_t + i_h * s_do_h + o_do, mask=m_v, other=0.0)""",
+    "load_w": "w = tl.load(p_w + (start * H + i_h) * V + (o_i[:, None] * (H * V) + o_v[None, :]), mask=m_v, other=0.0)",
+    "load_s": "s = tl.load(p_states + i_state + o_kv, mask=m_s, other=0.0)",
+    "load_ds": "ds = tl.load(p_dstates + i_state + o_kv, mask=m_s, other=0.0)",
+}
+
+LENGTHS = {
+    False: {
+        "chunk": """
+i_n = i_c // chunks
+start, end = i_n * t + (i_c - i_n * chunks) * CHUNK, i_n * t + t""",
+        "segment": "begin, end, first = i_n * t, i_n * t + t, i_n * chunks",
+    },
+    True: {
+        "chunk": """
+i_n = tl.load(p_segment + i_c)
+if i_n < 0:
+    return
+start = tl.load(p_cu + i_n) + (i_c - tl.load(p_first + i_n)) * CHUNK
+end = tl.load(p_cu + i_n + 1)""",
+        "segment": "begin, end, first = tl.load(p_cu + i_n), tl.load(p_cu + i_n + 1), tl.load(p_first + i_n)",
+    },
+}
+
+_HEAD_SUMS = """
+g = tl.load(p_decay + start * s_decay_t + i_h * s_decay_h + o_i * s_decay_t, mask=m, other=0.0).to(WIDE)
+g = tl.maximum(g, -128.0)
+sums = tl.cumsum(g, 0)"""
+_CHANNEL = "(start * H + i_h) * K + (o_i[:, None] * (H * K) + o_k[None, :])"
+_CHANNEL_SUMS = f"sums = tl.load(p_sums + {_CHANNEL}, mask=m_k, other=0.0)"
+_HEAD_GATES = """
+total = tl.sum(g, 0)
+rise = tl.exp(sums.to(tl.float32))[:, None]
+fall = tl.exp(tl.minimum(total - sums, 0.0).to(tl.float32))[:, None]
+fade = tl.exp(total.to(tl.float32))"""
+_CHANNEL_GATES = """
+total = tl.load(p_sums + (start + last) * (H * K) + i_h * K + o_k, mask=inside(o_k, K, BK), other=0.0)
+rise = tl.exp(sums.to(tl.float32))
+fall = tl.exp(tl.minimum(total[None, :] - sums, 0.0).to(tl.float32))
+fade = tl.exp(total.to(tl.float32))[:, None]"""
+
+_KEPT: Parts = {
+    "no_kept": "kept = tl.zeros((BK,), tl.float32)",
+    "pull_kept": "kept += tl.sum(s.to(tl.float32) * ds.to(tl.float32), 1)",
+    "scale_rise": "rise * scale",
+    "times_fall": "writes *= fall",
+    "rise_k": " * rise",
+}
+
+DECAY: Mapping[str, Parts] = {
+    "none": {
+        "sums": "",
+        "gates": "",
+        "pairs": "",
+        "weighted_qk": "tl.where(o_i[:, None] >= o_i[None, :], qk, 0.0)",
+        "weighted_kk": "kk",
+        "read_q": "product(q, s_c, C, PRECISION)",
+        "read_k": "product(k, s_c, C, PRECISION)",
+        "write": "added(s, tl.trans(k), u, C, PRECISION)",
+        "fade_one": "",
+        "write_back": "product(k, ds.to(C), C, PRECISION)",
+        "fade_back": "added(ds, tl.trans(q), do * scale, C, PRECISION)",
+        "read_back_k": "ds = added(ds, tl.trans(k), -dv, C, PRECISION)",
+        "weights": "",
+        "no_kept": "",
+        "pull_kept": "",
+        "scale_rise": "scale",
+        "times_fall": "",
+        "rise_k": "",
+        "pair_gradients": "$head_pairs",
+        "store_ddecay": "",
+    },
+    "head": {
+        "sums": _HEAD_SUMS,
+        "gates": _HEAD_SUMS + _HEAD_GATES,
+        "pairs": "pairs = tl.exp(tl.minimum(sums[:, None] - sums[None, :], 0.0).to(tl.float32))",
+        "weighted_qk": "tl.where(o_i[:, None] >= o_i[None, :], qk * pairs, 0.0)",
+        "weighted_kk": "kk * pairs",
+        "read_q": "product(q, s_c, C, PRECISION) * rise",
+        "read_k": "product(k, s_c, C, PRECISION) * rise",
+        "write": "added(s * fade, tl.trans(k), u * fall, C, PRECISION)",
+        "fade_one": "s *= tl.exp(tl.load(p_decay + row * s_decay_t + i_h * s_decay_h).to(tl.float32))",
+        "write_back": "product(k, ds.to(C), C, PRECISION) * fall",
+        "fade_back": "added(ds * fade, tl.trans(q), do * (rise * scale), C, PRECISION)",
+        "read_back_k": "ds = added(ds, tl.trans(k), -dv * rise, C, PRECISION)",
+        "weights": """
+$sums
+$pairs
+dp *= pairs
+$weigh_da""",
+        "pair_gradients": "$head_pairs",
+        **_KEPT,
+        "store_ddecay": """
+moved = tl.sum($moved, 1)
+written = tl.sum(k * writes, 1)
+past = tl.cumsum(moved, 0, reverse=True) + tl.cumsum(written, 0) - written + tl.sum(kept, 0) * fade
+tl.store(p_ddecay + (i_part * n_rows + start) * H + i_h + o_i * H, past, mask=m)""",
+    },
+    "channel": {
+        "sums": _CHANNEL_SUMS,
+        "meeting": f"""
+q_read = tl.load(p_q_read + {_CHANNEL}, mask=m_k, other=0.0)
+$load_k_read
+k_write = tl.load(p_k_write + {_CHANNEL}, mask=m_k, other=0.0)""",
+        "gates": "fade = tl.load(p_fade + (i_c * H + i_h) * K + o_k, mask=inside(o_k, K, BK), other=0.0)[:, None]",
+        "gradient_gates": f"{_CHANNEL_SUMS}\n{_CHANNEL_GATES}",
+        "weighted_kk": "kk",
+        "read_q": "product(q_read, s_c, C, PRECISION)",
+        "read_k": "product(k_read, s_c, C, PRECISION)",
+        "write": "added(s * fade, tl.trans(k_write), u, C, PRECISION)",
+        "fade_one": """
+g = tl.load(p_decay + row * s_decay_t + i_h * s_decay_h + o_k, mask=m_k, other=0.0).to(tl.float32)
+s *= tl.exp(g)[:, None]""",
+        "write_back": "product(k_write, ds.to(C), C, PRECISION)",
+        "fade_back": "added(ds * fade, tl.trans(q_read), do * scale, C, PRECISION)",
+        "read_back_k": "ds = added(ds, tl.trans(k_read), -dv, C, PRECISION)",
+        "weights": "",
+        "pair_gradients": """
+right = tl.zeros((CHUNK, BK), tl.float32)
+for level in range(6):
+    near = span(p_sums + (start * H + i_h) * K, sums, o_i, o_k, last, level, H * K, K, BK)
+    meets = across(o_i, level)
+    part = tl.where(meets, dp, 0.0)
+    near_k = (k * near).to(C)
+    left += product(part, near_k, C, PRECISION) * near
+    right += product(tl.trans(part), q * near, C, PRECISION) * near
+    $pair_gradients_k""",
+        **_KEPT,
+        "store_ddecay": """
+moved = $moved
+written = k * writes
+past = tl.cumsum(moved, 0, reverse=True) + tl.cumsum(written, 0) - written + (kept * tl.reshape(fade, (BK,)))[None, :]
+o_decay = (start * H + i_h) * K + (o_i[:, None] * (H * K) + o_k[None, :])
+tl.store(p_ddecay + o_decay, past.to(p_ddecay.dtype.element_ty), mask=m_k)""",
+    },
+}
+
+BETA: Mapping[bool, Parts] = {
+    False: {"beta": "", "times_beta": "", "update_one_beta": "", "no_dbeta": "", "pull_beta": "", "store_dbeta": ""},
+    True: {
+        "no_dbeta": "dbeta = tl.zeros((CHUNK,), tl.float32)",
+        "beta": """
+beta = tl.load(p_beta + start * s_beta_t + i_h * s_beta_h + o_i * s_beta_t, mask=m, other=0.0).to(tl.float32)[:, None]
+$beta_guard""",
+        "times_beta": " * beta",
+        "update_one_beta": "u *= tl.load(p_beta + row * s_beta_t + i_h * s_beta_h).to(tl.float32)",
+    },
+}
+
+UPDATE: Mapping[bool, Parts] = {
+    False: {
+        "kk": "",
+        "no_kk": "",
+        "meets": "",
+        "beta_guard": "",
+        "solve": "",
+        "load_k_read": "",
+        "store_k_read": "",
+        "update": "u = v$times_beta",
+        "keep_u": "",
+        "update_one": "$update_one_beta",
+        "unsolve": "",
+        "read_back": "",
+        "no_da": "",
+        "load_u": """
+$load_v
+u = v$times_beta""",
+        "pull_da": "",
+        "pull_beta": "dbeta += tl.sum(w.to(tl.float32) * v.to(tl.float32), 1)",
+        "weigh_da": "",
+        "store_da": "",
+        "store_dbeta": "tl.store(p_dbeta + start * H + i_h + o_i * H, dbeta, mask=m)",
+        "no_left_k": "",
+        "pull_left_k": "",
+        "times_left_k": "",
+        "load_da": "",
+        "head_pairs": """
+dp = tl.where(same, 0.0, dp)
+left = added(left, dp, k, C, PRECISION)
+right = product(tl.trans(dp), q, C, PRECISION)""",
+        "pair_gradients_k": "",
+        "moved": "q * left - k * right",
+        "add_left_k": "",
+        "beta_of_u": "$beta",
+        "beta_of_left_k": "",
+    },
+    True: {
+        "kk": "kk = added(kk, k, tl.trans(k), C, PRECISION)",
+        "no_kk": "kk = tl.zeros((CHUNK, CHUNK), tl.float32)",
+        "meets": "kk += tl.where(meets, product(near_k, tl.trans(near_k), C, PRECISION), 0.0)",
+        "solve": """
+solve = invert(tl.where(o_i[:, None] > o_i[None, :], $weighted_kk$times_beta, 0.0), SOLVE)
+tl.store(p_solve + i_s + o_s, solve.to(C))""",
+        "load_k_read": f"k_read = tl.load(p_k_read + {_CHANNEL}, mask=m_k, other=0.0)",
+        "store_k_read": "tl.store(p_k_read + i_x + o_x, (k * rise).to(C), mask=m_k)",
+        "update": """
+u = (v - $read_k)$times_beta
+u = product(tl.load(p_solve + i_s + o_s), u, C, PRECISION)""",
+        "keep_u": "tl.store(p_u + (start * H + i_h) * V + (o_i[:, None] * (H * V) + o_v[None, :]), u.to(C), mask=m_v)",
+        "unsolve": "w = product(tl.trans(tl.load(p_solve + i_s + o_s)), w, C, PRECISION)",
+        "read_back": "$read_back_k",
+        "no_da": "da = tl.zeros((CHUNK, CHUNK), tl.float32)",
+        "load_u": "u = tl.load(p_u + (start * H + i_h) * V + (o_i[:, None] * (H * V) + o_v[None, :]), mask=m_v, other=0.0)",
+        "pull_da": "da = added(da, -w, tl.trans(u), C, PRECISION)",
+        "pull_beta": "dbeta += tl.sum(w.to(tl.float32) * u.to(tl.float32), 1)",
+        "weigh_da": "da *= pairs",
+        "store_da": "tl.store(p_da + i_s + o_s, (tl.where(o_i[:, None] > o_i[None, :], da, 0.0)$times_beta).to(C))",
+        "store_dbeta": "tl.store(p_dbeta + start * H + i_h + o_i * H, dbeta / tl.reshape(beta, (CHUNK,)), mask=m)",
+        "no_left_k": "left_k = tl.zeros((CHUNK, BK), tl.float32)",
+        "pull_left_k": """
+$load_w
+left_k = added(left_k, -w, tl.trans(s), C, PRECISION)""",
+        "times_left_k": "left_k = left_k$rise_k$times_beta",
+        "load_da": "da = tl.load(p_da + i_s + o_s)",
+        "head_pairs": """
+dp = tl.where(same, 0.0, dp)
+left = added(left, dp, k, C, PRECISION)
+left_k = added(left_k, da, k, C, PRECISION)
+right = added(product(tl.trans(dp), q, C, PRECISION), tl.trans(da), k, C, PRECISION)""",
+        "pair_gradients_k": """
+part = tl.where(meets, da, 0.0)
+left_k += product(part, near_k, C, PRECISION) * near
+right += product(tl.trans(part), near_k, C, PRECISION) * near""",
+        "moved": "q * left + k * left_k - k * right",
+        "beta_of_u": "",
+        "beta_of_left_k": "$beta",
+        "add_left_k": "right += left_k",
+        "beta_guard": "beta = tl.where(tl.abs(beta) < TINY, TINY, beta)",
+        "update_one": """
+u -= tl.sum(k[:, None] * s, 0)
+$update_one_beta""",
+    },
+}
+
+STATE: Mapping[bool, Parts] = {
+    False: {"first_state": "s = tl.zeros((BK, BV), tl.float32)"},
+    True: {"first_state": "s = tl.load(p_state + i_state + o_kv, mask=m_s, other=0.0).to(tl.float32)"},
+}
+KEEP: Mapping[bool, Parts] = {
+    False: {"keep_state": "", "keep_u": ""},
+    True: {
+        "keep_state": """
+tl.store(p_states + (i_c * H + i_h) * K * V + o_kv, s.to(C), mask=m_s)"""
+    },
+}
+
+
+def parts(traits: Traits) -> dict[str, str]:
+    """Every part of a member."""
+    chosen = (LENGTHS[traits.packed], DECAY[traits.decay], UPDATE[traits.delta], BETA[traits.beta], STATE[traits.state])
+    found = dict(COMMON)
+    for part in (*chosen, KEEP[traits.keep]):
+        found |= part
+    return found

@@ -1,0 +1,57 @@
+"""Recurrence kernels compiled ahead of time for every target: no spills, shared memory, tensor cores, wide loads."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+from plait.lowering.forms.chunked import Operands
+from plait.lowering.gpu import TARGETS, Compiled, Resources, compile_all, resources
+from plait.lowering.recurrent import Step, backward, decode, forward, job
+
+CORES = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}
+DECAYS = {"gated_delta_rule": 3, "kimi_delta_attention": 4}
+
+
+def steps(name: str, target: str, *, tokens: int = 2048, dtype: torch.dtype = torch.bfloat16) -> list[Step]:
+    """Every launch of a call with heads of 128, forward, backward and decode."""
+
+    def meta(*shape: int, kind: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(*shape, dtype=kind, device="meta")
+
+    b, g, h, k, v = 2, 2, 4, 128, 128
+    q, key, value = (meta(b, tokens, n, w, kind=dtype) for n, w in ((g, k), (g, k), (h, v)))
+    decay = meta(*(b, tokens, h, k)[: DECAYS[name]])
+    x, made = Operands(q, key, value, decay, meta(b, tokens, h), None, None, 0.1, True), list[Step]()
+    o, final, saved = forward(x, made.append, keep=True, target=target)
+    backward(x, saved, o, final, made.append, target=target)
+    decode(x, made.append, target=target)
+    return made
+
+
+@cache
+def compiled(name: str, target: str) -> dict[str, tuple[Resources, int]]:
+    """Resources of each function, and its shared memory."""
+    found = compile_all([job(s, target) for s in steps(name, target)])
+    assert all(isinstance(c, Compiled) for c in found), [c for c in found if not isinstance(c, Compiled)]
+    return {c.name.split("_")[0]: (resources(c), c.shared) for c in found if isinstance(c, Compiled)}
+
+
+@pytest.mark.parametrize(("name", "target"), [*(("gated_delta_rule", t) for t in TARGETS), ("kimi_delta_attention", "sm_90")])
+def test_the_gates_of_every_kernel(name: str, target: str) -> None:
+    """No spills, within shared memory, the machine's matrix instructions and no others, loads of 128 bits."""
+    found = compiled(name, target)
+    assert {"prepare", "scan", "back", "pulls", "gradients", "decode"} <= found.keys()
+    for function, (used, shared) in found.items():
+        assert used.spills == used.stack == 0 and shared <= TARGETS[target].shared, f"{function}: {used}"
+        matrix = function not in ("decode", "gates")
+        assert list(used.tensor_core) == ([CORES[target]] if matrix else []), f"{function}: {used.tensor_core}"
+        assert used.wide_loads >= used.loads // 2 or function == "decode", f"{function}: {used}"
+
+
+def test_nothing_that_is_compiled_varies_with_the_length() -> None:
+    for a, b in zip(steps("gated_delta_rule", "sm_90"), steps("gated_delta_rule", "sm_90", tokens=77), strict=True):
+        loose = {"t", "chunks", "n_rows"}
+        fixed = [{k: v for k, v in s.arguments.items() if not isinstance(v, torch.Tensor) and k not in loose} for s in (a, b)]
+        assert fixed[0] == fixed[1] and a.tile == b.tile and a.source == b.source
