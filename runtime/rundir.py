@@ -1,8 +1,8 @@
 """A training run on disk: a folder whose last whole checkpoint survives a kill at any moment.
 
-    run/latest              the name of the checkpoint that counts, replaced last and in one step
-    run/step-00000200/      model.safetensors, optimizer.safetensors, state.json with the digests of both
-    run/history.jsonl       one line per measurement, for people and plots
+run/latest              the name of the checkpoint that counts, replaced last and in one step
+run/step-00000200/      model.safetensors, optimizer.safetensors, state.json with the digests of both
+run/history.jsonl       one line per measurement, for people and plots
 """
 
 from __future__ import annotations

@@ -140,9 +140,7 @@ def test_export_round_trip(tmp_path: Path) -> None:
     model = moved(plait.compile(spec, dtype="f32", mode="infer"))
     tokens = tokens_for(spec, 2, 9)
     length = torch.export.Dim("s", min=2, max=4096)
-    exported = torch.export.export(
-        model, (tokens,), dynamic_shapes={"tokens": {1: length}}, strict=False
-    )
+    exported = torch.export.export(model, (tokens,), dynamic_shapes={"tokens": {1: length}}, strict=False)
     torch.export.save(exported, tmp_path / "model.pt2")
     back = torch.export.load(tmp_path / "model.pt2").module()
     other = tokens_for(spec, 2, 70)
