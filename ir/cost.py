@@ -6,10 +6,11 @@ import ast
 import math
 import operator
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 from . import sizes as size_algebra
 from .signature import Binding, rest_letters
+from .trees import tree
 
 Expression = Callable[[Mapping[str, int]], float]
 _BINARY: dict[type[ast.operator], Callable[[float, float], float]] = {
@@ -19,7 +20,7 @@ _BINARY: dict[type[ast.operator], Callable[[float, float], float]] = {
 
 def parse(text: str, where: str) -> Expression:
     """Text over letters, numbers and + - * / to a function of the letters' sizes."""
-    return _compile(ast.parse(text, mode="eval").body, where)
+    return _compile(cast(ast.Expression, tree(text, "eval")).body, where)
 
 
 def _compile(node: ast.expr, where: str) -> Expression:

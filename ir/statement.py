@@ -8,9 +8,10 @@ import re
 import warnings
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 from .errors import ParseError
+from .trees import tree
 
 MAX_TEXT = 16 * 2**20  # characters; more is no program a person or a pass wrote
 MAX_DEPTH = 64  # of nested syntax; what reads it recurs
@@ -66,7 +67,7 @@ def syntax(source: Source) -> list[ast.stmt]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # an odd escape in text is no business of the reader's
-            body = ast.parse(source.text).body
+            body = cast(ast.Module, tree(source.text)).body
     except SyntaxError as error:
         source.fail(str(error.msg), line=error.lineno or 1, column=max(0, (error.offset or 1) - 1))
     except (ValueError, RecursionError, MemoryError) as error:

@@ -1,13 +1,12 @@
 """One rank of the matrix: mixed models placed every way, on real processes, against one process in the same precision.
 
-`python -m tests.matrix_worker FOLDER WORLD [full]` starts WORLD processes of itself and prints one line a case.
+`python -m tests.matrix_worker FOLDER WORLD [full]` starts WORLD processes of itself and prints what they found.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -22,6 +21,8 @@ from plait.passes.samples import Sample, draw, is_borders
 from plait.runtime import mesh as meshes
 from plait.runtime import spmd
 from plait.runtime.module import initial
+
+from tests.ranks import run_ranks
 
 Tensor = torch.Tensor
 SPEC = {
@@ -123,18 +124,8 @@ def rank(folder: Path, full: bool) -> None:
 
 def start(folder: Path, world: int, *, full: bool = False) -> dict[str, tuple[float, str]]:
     """Start the ranks, wait for them, and give what they found."""
-    command = [sys.executable, "-m", "tests.matrix_worker", str(folder), "rank", *(["full"] if full else [])]
-    base = {**os.environ, "WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    ranks = [
-        subprocess.Popen(command, env={**base, "RANK": str(r), "LOCAL_RANK": str(r)}, cwd=Path(__file__).parent.parent)
-        for r in range(world)
-    ]
-    try:
-        codes = [p.wait(timeout=1200) for p in ranks]
-    finally:
-        for p in ranks:
-            p.kill()
-    assert codes == [0] * world, codes
+    told = ["tests.matrix_worker", str(folder), "rank", *(["full"] if full else [])]
+    run_ranks(folder, *told, ranks=world, seconds=1200)
     return json.loads((folder / "found.json").read_text())
 
 

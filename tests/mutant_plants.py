@@ -11,7 +11,7 @@ from unittest import mock
 
 import torch
 from plait.ir import OpDef, ops
-from plait.ir.crossing import Here, Request, Sum, Way
+from plait.ir.crossing import Here, Keep, Request, Sum, Way
 from plait.ir.ways import recurrence
 
 Tensor = torch.Tensor
@@ -104,15 +104,20 @@ Plant = Edit | Left | Patch | Entry | OtherWay
 
 def asks(change: Ask, kind: type = object) -> Callable[[Run], Run]:
     """The way with other requests, of one kind."""
-    return _talks(lambda here, asked: change(here, asked) if isinstance(asked, kind) else asked, _as_it_is)
+    return _talks(lambda here, asked: change(here, asked) if _moves(asked, kind) else asked, _as_it_is)
 
 
 def hears(change: Hear, kind: type = object) -> Callable[[Run], Run]:
     """The way with other answers, to one kind of request."""
     return _talks(
         lambda here, asked: asked,
-        lambda here, asked, reply: change(here, asked, reply) if isinstance(asked, kind) else reply,
+        lambda here, asked, reply: change(here, asked, reply) if _moves(asked, kind) else reply,
     )
+
+
+def _moves(asked: Request, kind: type) -> bool:
+    """Whether a request is of the kind; what is only kept is of none."""
+    return isinstance(asked, kind) and not isinstance(asked, Keep)
 
 
 def _as_it_is(here: Here, asked: Request, reply: Any) -> Any:

@@ -1,9 +1,6 @@
 """Placed programs on two processes: numbers against one process, and ranks that do not fit together."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +12,7 @@ from plait.runtime.mesh import MeshError, launched
 from plait.runtime.spmd import dual
 from safetensors.torch import load_file
 
+from tests.ranks import run_ranks
 from tests.spmd_worker import CASES, Case, tensors
 
 Tensor = torch.Tensor
@@ -26,21 +24,7 @@ RANKS = 2
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes left; they run every case once."""
     folder = tmp_path_factory.mktemp("spmd")
-    env = {**os.environ, "WORLD_SIZE": str(RANKS), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "tests.spmd_worker", str(folder)]
-    logs = [(folder / f"rank{r}.log").open("w") for r in range(RANKS)]
-    started = [
-        subprocess.Popen(command, cwd=ROOT, env={**env, "RANK": str(r)}, stdout=log, stderr=log) for r, log in enumerate(logs)
-    ]
-    try:
-        codes = [p.wait(timeout=60) for p in started]
-    finally:
-        for p, log in zip(started, logs, strict=True):
-            p.kill()
-            p.wait()
-            log.close()
-    said = "\n".join((folder / f"rank{r}.log").read_text()[-3000:] for r in range(RANKS))
-    assert codes == [0] * RANKS, said
+    run_ranks(folder, "tests.spmd_worker", str(folder), ranks=RANKS, seconds=120)
     return folder
 
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 
@@ -17,6 +14,7 @@ from safetensors.torch import load_file
 
 from tests.attention_cases import Tensor
 from tests.attention_worker import CASES, drawn
+from tests.ranks import run_ranks
 
 ROOT, RANKS = Path(__file__).parent.parent, 4
 
@@ -25,18 +23,7 @@ ROOT, RANKS = Path(__file__).parent.parent, 4
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the processes left; they run every case once."""
     folder = tmp_path_factory.mktemp("attention")
-    env = {**os.environ, "WORLD_SIZE": str(RANKS), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "tests.attention_worker", str(folder)]
-    logs = [(folder / f"rank{r}.log").open("w") for r in range(RANKS)]
-    started = [subprocess.Popen(command, cwd=ROOT, env={**env, "RANK": str(r)}, stdout=f, stderr=f) for r, f in enumerate(logs)]
-    try:
-        codes = [p.wait(timeout=240) for p in started]
-    finally:
-        for p, log in zip(started, logs, strict=True):
-            p.kill()
-            p.wait()
-            log.close()
-    assert codes == [0] * RANKS, "\n".join((folder / f"rank{r}.log").read_text()[-3000:] for r in range(RANKS))
+    run_ranks(folder, "tests.attention_worker", str(folder), ranks=RANKS, seconds=240)
     return folder
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...ir import PlaitError
+from ...ir.trees import TRIES, raced
 from .interpret import LOCK
 from .machine import find_target, gpu_target
 
@@ -73,7 +74,7 @@ def _outcome(job: Job) -> Compiled | CompileError:
         return error
 
 
-def _compile(job: Job) -> Compiled:
+def _compile(job: Job, tries: int = TRIES) -> Compiled:
     from triton.runtime.jit import JITFunction
 
     if not isinstance(job.fn, JITFunction):
@@ -84,6 +85,8 @@ def _compile(job: Job) -> Compiled:
     try:
         made = _made(job)
     except Exception as error:  # whatever Triton, LLVM or ptxas raise about this kernel
+        if raced(error) and tries > 1:  # two threads parsed at once, which says nothing of the kernel
+            return _compile(job, tries - 1)
         raise CompileError(f"{job.fn.__name__} cannot be compiled for {job.target}:\n{_useful(error)}") from error
     if made.shared > limit:
         raise CompileError(f"{made.name} needs {made.shared} bytes of shared memory; a block of {job.target} has {limit}")

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from ...ir import PlaitError
+from ...ir.trees import tree
 from .trap import Launch, watched
 
 # Interpreting replaces parts of triton.language for as long as a launch takes: nothing may compile meanwhile.
@@ -238,10 +239,10 @@ class _Rewriter(ast.NodeTransformer):
 def _rewrite(kernel: Any, stand_ins: Mapping[Any, Any], interpreter: Any) -> FunctionType:
     """The kernel's Python function over its own globals, with the names that the rewriting brings."""
     fn = kernel.fn
-    tree = ast.fix_missing_locations(_Rewriter().visit(ast.parse(kernel.src)))
+    body = ast.fix_missing_locations(_Rewriter().visit(tree(kernel.src)))
     before = next(i for i, line in enumerate(kernel.raw_src) if line.lstrip().startswith("def "))
-    ast.increment_lineno(tree, kernel.starting_line_number + before - 1)
-    whole = compile(tree, fn.__code__.co_filename, "exec")
+    ast.increment_lineno(body, kernel.starting_line_number + before - 1)
+    whole = compile(body, fn.__code__.co_filename, "exec")
     code = next(c for c in whole.co_consts if isinstance(c, CodeType) and c.co_name == fn.__name__)
     cells = dict(zip(fn.__code__.co_freevars, (c.cell_contents for c in fn.__closure__ or ()), strict=True))
     names = {k: _stand_in(v, stand_ins, interpreter) for k, v in {**fn.__globals__, **cells}.items()}
