@@ -215,7 +215,10 @@ def test_a_signal_ends_the_step_and_saves(tmp_path: Path, text: Text, number: in
 
 
 @pytest.mark.parametrize("ready", [True, False])
-def test_a_second_signal_is_not_caught(ready: bool) -> None:
+def test_a_second_signal_is_not_caught(ready: bool, request: pytest.FixtureRequest) -> None:
+    """Whatever started the tests: a shell has its background jobs ignore Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     with pytest.raises(KeyboardInterrupt), interrupts(lambda: ready) as asked:
         signal.raise_signal(signal.SIGINT)  # in this thread: one sent to the process may reach another of its threads
         assert ready and asked == [signal.SIGINT]
