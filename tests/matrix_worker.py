@@ -68,6 +68,8 @@ def cases(world: int, full: bool) -> Iterator[Case]:
             for packed in (False, True) if full else (False,):
                 yield Case("cp=2,tp=2", attention, recurrence, packed=packed)
         yield Case("dp=2,cp=2", "ring", "chain", "zigzag")
+        yield Case("cp=2,tp=2", "ring", "chain", "zigzag-packed", packed=True)
+        yield Case("ring=2,cp=2", order="zigzag")
     yield Case(f"dp={world}")
     yield Case(f"ep={world}")
 
