@@ -29,6 +29,7 @@ class Emit(StrEnum):
     FUSED = "fused"
     FX = "fx"
     REPORT = "report"
+    CPP = "cpp"
     TRITON = "triton"
     TTGIR = "ttgir"
     PTX = "ptx"
@@ -189,9 +190,19 @@ def run(job: Job, laps: dict[str, float]) -> Made:
         after, events = _passes(job, pipeline, before)
     if job.emit is Emit.FUSED:
         return _text(str(after), events)
+    if job.emit is Emit.CPP:
+        return _text(_cpp(after), events)
     if job.emit in KERNELS:
         return _kernels(job, after, events, laps)
     return _lowered(job, before, after, events, laps)
+
+
+def _cpp(after: Graph) -> str:
+    """The C++ that runs on a CPU, with the size of each library; nothing is built."""
+    from plait.lowering import cpp
+
+    parts = [f"// ==== {name}, {text.count(chr(10))} lines\n\n{text}" for name, text in cpp.sources(after).items()]
+    return "\n\n".join(parts) or f"// {after.name} calls no C++ of plait's\n"
 
 
 def _kernels(job: Job, after: Graph, events: list[Event], laps: dict[str, float]) -> Made:

@@ -107,16 +107,17 @@ def kernels_of(graph: Graph) -> tuple[Use, ...]:
     """The kernels that training runs: those of the program and of its gradient."""
     from plait.ir import PassError
     from plait.ir.gradient import backward
-    from plait.lowering.gpu.jobs import is_backward, uses
+    from plait.lowering.gpu.jobs import is_backward, op_uses, uses
     from plait.passes import differentiate
 
-    forward = uses(graph)
+    forward = uses(graph) + op_uses(graph)
     if not forward or any(is_backward(u.graph) for u in forward):
         return forward
     try:
         if graph.role == "kernel":
             return forward + uses(backward(graph).graph)
-        return uses(differentiate(graph)[0])
+        both = differentiate(graph)[0]
+        return uses(both) + op_uses(both)
     except PassError as error:
         note(f"plait: note: {graph.name}: forward kernels alone: {error}")
         return forward
@@ -175,7 +176,7 @@ def compiling_bar() -> Generator[Told]:
 def tables(made: Kernels, targets: Sequence[str], tokens: int) -> list[Table]:
     """What each kernel costs, then what its code uses on each target, then those that there cannot be."""
     title = f"{made.name}: {len(made.rows)} distinct kernels; bytes, FLOPs and microseconds at the roofline for {tokens} tokens"
-    columns = ("kernel", "direction", "called by", "bytes", "FLOPs", "FLOPs/byte", *(f"{gpu} us" for gpu in GPUS))
+    columns = ("kernel", "direction", "called by", "launches", "bytes", "FLOPs", "FLOPs/byte", *(f"{gpu} us" for gpu in GPUS))
     costs = Table(columns, [_cost(r) for r in made.rows], title)
     codes = [_code_table(made, t) for t in targets]
     troubles = [(r.use.name, "any", r.declined) for r in made.rows if r.declined]
@@ -189,16 +190,12 @@ def called_by(row: Row) -> str:
     return ", ".join(f"{layer} x{n}" if n > 1 else layer for layer, n in row.use.calls.items())
 
 
-def direction(row: Row) -> str:
-    return "backward" if row.use.backward else "forward"
-
-
 def _cost(row: Row) -> tuple[str, ...]:
     from plait.lowering.gpu import MACHINES
 
     spent = [f"{1e6 * row.seconds(MACHINES[gpu]):.1f}" for gpu in GPUS]
-    said = (row.use.name, direction(row), called_by(row), size(row.bytes), count(row.flops), f"{row.intensity:.2f}")
-    return (*said, *spent)
+    said = (row.use.name, row.use.direction, called_by(row), str(row.launches), size(row.bytes), count(row.flops))
+    return (*said, f"{row.intensity:.2f}", *spent)
 
 
 def _code_table(made: Kernels, target: str) -> Table:
@@ -232,8 +229,9 @@ def _row_facts(row: Row) -> dict[str, Any]:
 
     return {
         "name": row.use.name,
-        "direction": direction(row),
+        "direction": row.use.direction,
         "calls": row.use.calls,
+        "launches": row.launches,
         "declined": row.declined or None,
         "bytes": row.bytes,
         "flops": row.flops,
@@ -249,37 +247,36 @@ def _row_facts(row: Row) -> dict[str, Any]:
 
 def source_text(graph: Graph) -> str:
     """The generated source of every distinct kernel; no Triton needed."""
-    from plait.lowering.gpu.report import generated
-    from plait.lowering.rows import RowKernel
+    from plait.lowering.gpu.report import kernels
+    from plait.lowering.rows import Declined, RowKernel
 
     parts = list[str]()
     for use in kernels_of(graph):
-        made = generated(use.graph)
-        body = made.source if isinstance(made, RowKernel) else f"# no row kernel: {made}\n"
+        made = kernels(use, "sm_90")
+        body = f"# no kernel: {made}\n" if isinstance(made, Declined) else made.source if isinstance(made, RowKernel) else made.text
         parts.append(f"# {_heading(use)}\n\n{body}")
     return "\n\n".join(parts) or f"# {graph.name} has no kernels\n"
 
 
 def _heading(use: Use) -> str:
     calls = ", ".join(f"{layer} x{n}" if n > 1 else layer for layer, n in use.calls.items())
-    return f"==== {use.name}, {'backward' if use.backward else 'forward'}, called by {calls}"
+    return f"==== {use.name}, {use.direction}, called by {calls}"
 
 
 def compiled_text(graph: Graph, stage: str, targets: Sequence[str]) -> str:
     """Every kernel as Triton compiled it for each target, at one stage of the way."""
     from plait.lowering.gpu import CompileError
-    from plait.lowering.gpu.jobs import job_key, jobs
-    from plait.lowering.gpu.report import generated, outcomes
-    from plait.lowering.rows import RowKernel
+    from plait.lowering.gpu.jobs import job_key
+    from plait.lowering.gpu.report import jobs_of, kernels, outcomes
+    from plait.lowering.rows import Declined
 
     _need_triton()
     work, parts = list[tuple["Use", Any]](), list[str]()
     for use in kernels_of(graph):
-        made = generated(use.graph)
-        if not isinstance(made, RowKernel):
-            parts.append(f"// {_heading(use)}: no row kernel: {made}\n")
-            continue
-        work += [(use, job) for target in targets for job in jobs(made, use.operands, target)]
+        made = kernels(use, "sm_90")
+        if isinstance(made, Declined):
+            parts.append(f"// {_heading(use)}: no kernel: {made}\n")
+        work += [(use, job) for target in targets for job in jobs_of(use, target)]
     with compiling_bar() as told:
         found = outcomes([job for _, job in work], _at(stage), told)
     for use, job in work:

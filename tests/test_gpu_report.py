@@ -11,10 +11,11 @@ from plait.api import program
 from plait.ir import Graph, parse
 from plait.ir.gradient import backward
 from plait.lowering.gpu import MACHINES, CompileError, Job, Resources, resources
-from plait.lowering.gpu.jobs import BATCH, LENGTH, Use, job_key, jobs, uses
-from plait.lowering.gpu.report import flops, generated, kernel_bytes, moved, outcomes, rows, together, wide_rows
+from plait.lowering.gpu.jobs import BATCH, LENGTH, Use, job_key, jobs, op_uses, uses
+from plait.lowering.gpu.op_jobs import OpKernels
+from plait.lowering.gpu.report import Row, flops, generated, kernel_bytes, kernels, moved, outcomes, rows, together, wide_rows
 from plait.lowering.rows import Declined, RowKernel, row_kernel
-from plait.passes import DEFAULT, Pipeline
+from plait.passes import DEFAULT, Pipeline, differentiate
 
 from tests.row_cases import CASES, gradient_of, graph_of, interpreted, operands
 
@@ -114,8 +115,8 @@ def test_uses_are_the_distinct_kernels_with_all_their_calls(trained: tuple[Use, 
     assert len(named) == len(trained) == len({u.graph for u in trained})
     assert named["residual_norm"].calls == {"moe": 5, "mamba2": 2, "gdn": 1, "self_attention": 1}
     assert named["preamble"].calls == {"first_gdn": 1, "gdn": 1} and named["preamble1"].calls == {"mamba2": 2}
-    assert not named["glu"].backward and named["glu_backward"].backward and named["glu_backward1"].backward
-    assert sum(u.backward for u in trained) == sum(not u.backward for u in trained)
+    assert [named[n].direction for n in ("glu", "glu_backward", "glu_backward1")] == ["forward", "backward", "backward"]
+    assert sum(u.direction == "backward" for u in trained) == sum(u.direction == "forward" for u in trained)
 
 
 def test_operands_are_strided_as_the_call_has_them(trained: tuple[Use, ...]) -> None:
@@ -148,6 +149,50 @@ def test_long_aligned_rows_are_due_wide_loads() -> None:
     assert not due("x: bf16[b, s, 255]") and not due("x: bf16[b, s, 1024]", LENGTH * 1032, 1032, 1)
     (stencil,) = uses(graph_of(CASES["conv"][0], 1000))
     assert not wide_rows(stencil, row_kernel(stencil.graph))
+
+
+# -- ops that are kernels of their own ----------------------------------------------------
+
+RULE = """def layer(q: {0}[b, s, 2, 16], v: {0}[b, s, 4, 16], g: f32[b, s, 4], n: f32[b, s, 4]):
+    o, final = gated_delta_rule(q, q, v, g, n)
+    p, last = gated_delta_rule(q, q, o, g, n)
+    return p
+"""
+
+
+def test_an_op_that_is_kernels_of_its_own_is_listed_by_halves() -> None:
+    graph = parse(RULE.format("bf16"))
+    found = {u.name: u for u in (*op_uses(graph), *op_uses(differentiate(graph)[0]))}
+    assert {n: u.direction for n, u in found.items()} == {
+        "gated_delta_rule": "forward", "gated_delta_rule_step": "step", "gated_delta_rule_backward": "backward",
+    }  # fmt: skip
+    assert found["gated_delta_rule"].calls == {"layer": 2}
+    whole, step, back = rows([*found.values()], [], {"b": 1, "s": 100}, no_bar)
+    assert (whole.launches, step.launches, back.launches) == (2, 1, 3)
+    # q, which is k too, v and o in bf16, two gates and the last state in float32
+    assert whole.bytes == 100 * (32 + 2 * 64) * 2 + 100 * 2 * 4 * 4 + 4 * 16 * 16 * 4
+    assert step.bytes == 64 * ((32 + 2 * 64) * 2 + 2 * 4 * 4 + 2 * 4 * 16 * 16 * 4)
+    assert whole.seconds(MACHINES["H100"]) == pytest.approx(whole.bytes / 3.35e12)
+    assert {f for r in (whole, step, back) for f in ("scan", "decode", "gradients") if f in source_of(r)} == {
+        "scan", "decode", "gradients",
+    }  # fmt: skip
+
+
+def source_of(row: Row) -> str:
+    made = kernels(row.use, "sm_90")
+    return made.text if isinstance(made, OpKernels) else ""
+
+
+def test_an_op_that_a_library_runs_is_said_to_be() -> None:
+    (whole, step) = rows(op_uses(parse(RULE.format("f64"))), ["sm_90"], {"b": 1, "s": 100}, no_bar)
+    assert "a library, or torch code, runs it" in whole.declined and step.launches == 0 and not whole.used
+
+
+def test_products_by_the_slower_instruction_are_a_fault() -> None:
+    slow = Resources(90, 0, 0, 512, {"HGMMA": 4, "HMMA": 1}, 2, 2, 2, 2)
+    (row,) = rows(uses(graph_of(CASES["glu"][0], 64)), [], SIZES, no_bar)
+    bad = dataclasses.replace(row, used={"sm_80": slow, "sm_90": slow})
+    assert bad.faults == ("glu for sm_90: has products by HMMA, which reach half of what HGMMA does",)
 
 
 # -- compiling ----------------------------------------------------------------------------

@@ -1,4 +1,7 @@
-"""From a program to compile jobs: which kernels it calls, on what operands, and what each launch of them would get."""
+"""From a program to compile jobs: which kernels it calls, on what operands, and what each launch of them would get.
+
+A kernel is a region that fusion made, or an op that is written as kernels of its own: a recurrence, attention, a convolution.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ...ir import DTYPES, OPS, Graph, Node, TensorType, Value
+from ...ir import DTYPES, OPS, Builder, Graph, Node, OpDef, TensorType, Value
 from ...ir.dump import unique
 from ...ir.sizes import value as size_value
 from ..reshape import view_steps
@@ -19,6 +22,7 @@ from ..rows import RowKernel
 from ..rows.launch import launch
 from .aot import Job
 from .machine import find_target
+from .op_jobs import halves
 from .sources import load
 
 Tensor = torch.Tensor
@@ -31,13 +35,20 @@ class Use:
     """A distinct kernel of a program: its name there, operands as its first call has them, and who calls it how often."""
 
     name: str
-    graph: Graph
-    operands: tuple[Tensor, ...]  # without numbers: only sizes, strides and alignment count
+    graph: Graph  # the kernel; of an op, a graph that holds it alone
+    operands: tuple[Tensor | None, ...]  # without numbers: only sizes, strides and alignment count
     calls: Mapping[str, int]  # layer -> calls in the whole program
+    half: str = ""  # of an op: forward, backward or step
 
     @property
-    def backward(self) -> bool:
-        return is_backward(self.graph)
+    def direction(self) -> str:
+        """`forward`, `backward`, or `step`, which is a decode step."""
+        return self.half or ("backward" if is_backward(self.graph) else "forward")
+
+    @property
+    def node(self) -> Node | None:
+        """The op that is written as kernels of its own; None for a region."""
+        return self.graph.nodes[0] if self.half else None
 
 
 def is_backward(graph: Graph) -> bool:
@@ -47,19 +58,49 @@ def is_backward(graph: Graph) -> bool:
 
 
 def uses(program: Graph) -> tuple[Use, ...]:
-    """Every distinct kernel that a program calls, or is, in order of first call."""
-    found, calls = dict[Graph, tuple[Tensor, ...]](), dict[Graph, Counter[str]]()
+    """Every distinct region that a program calls, or is, in order of first call."""
+    found, calls = dict[Graph, tuple[Tensor | None, ...]](), dict[Graph, Counter[str]]()
 
-    def seen(caller: Graph, kernel: Graph, operands: Sequence[Tensor]) -> None:
+    def seen(caller: Graph, node: Node, operands: Sequence[Tensor | None]) -> None:
+        if isinstance(node.op, Graph):
+            note(caller, node.op, operands)
+
+    def note(caller: Graph, kernel: Graph, operands: Sequence[Tensor | None]) -> None:
         found.setdefault(kernel, tuple(operands))
         calls.setdefault(kernel, Counter())[HALF.sub("", caller.name)] += 1
 
     inputs = [_blank(v.type) for v in program.inputs]
     if program.role == "kernel":
-        seen(program, program, inputs)
+        note(program, program, inputs)
     _walk(program, inputs, seen)
     fresh = unique([*OPS, *keyword.kwlist])
     return tuple(Use(fresh(g.name), g, operands, calls[g]) for g, operands in found.items())
+
+
+def op_uses(program: Graph) -> tuple[Use, ...]:
+    """Every distinct op of a program that is written as kernels of its own, half by half, in order of first call."""
+    found, calls = dict[tuple[Graph, str], tuple[Tensor | None, ...]](), dict[tuple[Graph, str], Counter[str]]()
+
+    def seen(caller: Graph, node: Node, operands: Sequence[Tensor | None]) -> None:
+        for half in halves(node):
+            key = alone(node), half
+            found.setdefault(key, tuple(operands))
+            calls.setdefault(key, Counter())[HALF.sub("", caller.name)] += 1
+
+    _walk(program, [_blank(v.type) for v in program.inputs], seen)
+    fresh = unique([])
+    return tuple(
+        Use(fresh(f"{g.name}_step" if half == "step" else g.name), g, operands, calls[g, half], half)
+        for (g, half), operands in found.items()
+    )
+
+
+def alone(node: Node) -> Graph:
+    """A graph of one op."""
+    assert isinstance(node.op, OpDef)
+    b = Builder(node.op.name)
+    given = {v: b.input(f"x{i}", v.type) for i, v in enumerate(dict.fromkeys(node.operands))}
+    return b.finish(b.emit(node.op, [None if v is None else given[v] for v in node.inputs], node.attrs))
 
 
 def _walk(graph: Graph, inputs: Sequence[Tensor], seen: Any) -> list[Tensor]:
@@ -67,9 +108,11 @@ def _walk(graph: Graph, inputs: Sequence[Tensor], seen: Any) -> list[Tensor]:
     env = dict(zip(graph.inputs, inputs, strict=True)) | {v: _blank(v.type) for v in graph.params}
     for node in graph.nodes:
         given = [env[v] for v in node.operands]
-        if node.callee is not None and node.callee.role == "kernel":
-            seen(graph, node.callee, given)
-        made = _walk(node.callee, given, seen) if node.callee is not None and node.callee.role != "kernel" else _made(node, env)
+        if node.callee is not None and node.callee.role != "kernel":
+            made: Sequence[Tensor] = _walk(node.callee, given, seen)
+        else:
+            seen(graph, node, [None if v is None else env[v] for v in node.inputs])
+            made = _made(node, env)
         env.update(zip(node.outputs, made, strict=True))
     return [env[v] for v in graph.outputs]
 
@@ -95,14 +138,14 @@ def _blank(type_: TensorType) -> Tensor:
     return torch.empty(shape, dtype=DTYPES[type_.dtype], device="meta")
 
 
-def jobs(kernel: RowKernel, operands: Sequence[Tensor], target: str) -> list[Job]:
+def jobs(kernel: RowKernel, operands: Sequence[Tensor | None], target: str) -> list[Job]:
     """The functions of one kernel, as a launch on these operands would compile them."""
     module, made = load(kernel.source, kernel.name), list[Job]()
 
     def note(function: str, programs: int, arguments: Mapping[str, Any], warps: int) -> None:
         made.append(Job(getattr(module, function), (), arguments, target, num_warps=waves(warps, find_target(target).warp)))
 
-    launch(kernel, operands, note)
+    launch(kernel, [x for x in operands if x is not None], note)
     return made
 
 
@@ -113,11 +156,15 @@ def waves(warps: int, threads: int) -> int:
 
 def job_key(job: Job) -> Hashable:
     """Equal for jobs that compile to the same code."""
-    return job.fn, job.target, job.num_warps, tuple((k, _kind(v)) for k, v in job.meta.items())
+    compiled_in = {p.name for p in job.fn.params if p.is_constexpr}
+    kinds = tuple((k, v if k in compiled_in else _kind(v)) for k, v in job.meta.items())
+    return job.fn, job.target, job.num_warps, job.num_stages, kinds
 
 
 def _kind(argument: Any) -> Hashable:
     """What a launch specialises an argument by."""
     if isinstance(argument, Tensor):
         return argument.dtype, argument.data_ptr() % 16 == 0
+    if not isinstance(argument, int):
+        return type(argument)
     return argument if argument == 1 else (argument % 16 == 0, abs(argument) >= 2**31)

@@ -19,11 +19,13 @@ from ..rows.tiles import shifted
 from .aot import Compiled, CompileError, Job, compile_all
 from .jobs import Use, job_key, jobs
 from .machine import Machine, predicted_seconds
+from .op_jobs import OpKernels, op_kernels
 from .resources import Resources, resources
 
 VIEWS = ("split", "reshape")  # other ways to see the same memory
 WIDE = 16  # bytes of the widest load of a thread
 WARP = 32  # threads: a row that gives each of them a wide load is worth one
+DECODED = 64  # rows of the decode step that is counted
 AT_ONCE = 24  # jobs of one batch for each core: progress is told between batches
 Sizes = Mapping[str, int]
 Told = Callable[[int, int], None]  # how many of how many are done
@@ -95,14 +97,16 @@ class Row:
     """A distinct kernel: what it moves and computes, and what its code uses on each target."""
 
     use: Use
-    declined: str  # why there is no row kernel; empty where there is one
-    bytes: int
+    declined: str  # why there is no kernel; empty where there is one
+    launches: int
+    bytes: int  # an op's operands and results, each once
     flops: int
+    product: str  # dtype of its matrix products; float32 where it has none
     wide: bool  # whether rows are long and aligned, so that 128-bit loads are due
     used: Mapping[str, Resources | CompileError]  # by target, launches together
 
     def seconds(self, machine: Machine) -> float:
-        return predicted_seconds(self.bytes, self.flops, machine)
+        return predicted_seconds(self.bytes, self.flops, machine, dtype=self.product)
 
     @property
     def intensity(self) -> float:
@@ -112,14 +116,16 @@ class Row:
     @property
     def faults(self) -> tuple[str, ...]:
         """What must not be."""
-        return tuple(f"{self.use.name} for {t}: {why}" for t, used in self.used.items() if (why := _fault(used, self.wide)))
+        return tuple(f"{self.use.name} for {t}: {why}" for t, used in self.used.items() if (why := _fault(t, used, self.wide)))
 
 
-def _fault(used: Resources | CompileError, wide: bool) -> str:
+def _fault(target: str, used: Resources | CompileError, wide: bool) -> str:
     if isinstance(used, CompileError):
         return f"does not compile: {used}"
     if used.spills or used.stack:
         return f"spills registers: {used.spills} times, {used.stack} bytes a thread"
+    if target == "sm_90" and "HMMA" in used.tensor_core:
+        return "has products by HMMA, which reach half of what HGMMA does"
     return "has no 128-bit load, though its rows are long and aligned" if wide and not used.wide_loads else ""
 
 
@@ -131,19 +137,50 @@ def generated(graph: Graph) -> RowKernel | Declined:
         return reason
 
 
+def kernels(use: Use, target: str) -> RowKernel | OpKernels | Declined:
+    """What runs a use: a row kernel, which is the same for every target, or an op's own kernels."""
+    if use.node is None:
+        return generated(use.graph)
+    made = op_kernels(use.node, use.half, target, use.operands)
+    return made if made.launches else Declined("a library, or torch code, runs it for these sizes and dtypes")
+
+
+def jobs_of(use: Use, target: str) -> list[Job]:
+    """What the launches of a use compile for a target."""
+    made = kernels(use, target)
+    if isinstance(made, OpKernels):
+        return [x.job for x in made.launches]
+    return [] if isinstance(made, Declined) else jobs(made, use.operands, target)
+
+
 def rows(found: Sequence[Use], targets: Sequence[str], sizes: Sizes, told: Told) -> list[Row]:
     """A row for every kernel; equal code is compiled once."""
-    made = {u: generated(u.graph) for u in found}
-    work = {(u, t): jobs(k, u.operands, t) for u, k in made.items() if isinstance(k, RowKernel) for t in targets}
+    work = {(u, t): batch for u in found for t in targets if (batch := jobs_of(u, t))}
     known = outcomes([j for batch in work.values() for j in batch], resources, told)
     used = {key: together([known[job_key(j)] for j in batch]) for key, batch in work.items()}
-    return [_row(u, k, {t: used[u, t] for t in targets if (u, t) in used}, sizes) for u, k in made.items()]
+    return [_row(u, {t: used[u, t] for t in targets if (u, t) in used}, sizes) for u in found]
 
 
-def _row(use: Use, kernel: RowKernel | Declined, used: Mapping[str, Resources | CompileError], sizes: Sizes) -> Row:
-    declined = str(kernel) if isinstance(kernel, Declined) else ""
-    wide = isinstance(kernel, RowKernel) and wide_rows(use, kernel)
-    return Row(use, declined, kernel_bytes(use.graph, sizes), sum(flops(n, sizes) for n in use.graph.nodes), wide, used)
+def _row(use: Use, used: Mapping[str, Resources | CompileError], sizes: Sizes) -> Row:
+    made = kernels(use, "sm_90")
+    declined = str(made) if isinstance(made, Declined) else ""
+    wide = isinstance(made, RowKernel) and wide_rows(use, made)
+    launches = 0 if isinstance(made, Declined) else len(made.launches)
+    if use.node is None:
+        cost = kernel_bytes(use.graph, sizes), sum(flops(n, sizes) for n in use.graph.nodes)
+        return Row(use, declined, launches, *cost, "f32", wide, used)
+    if use.half == "step":
+        sizes = {**sizes, "b": DECODED, "s": 1}
+    read = _state(use.node, sizes) if use.half == "step" else 0
+    half = all(v.type.dtype in ("bf16", "f16") for v in use.node.operands[:3])
+    return Row(
+        use, declined, launches, moved(use.node, sizes) + read, flops(use.node, sizes), "bf16" if half else "f32", wide, used
+    )
+
+
+def _state(node: Node, sizes: Sizes) -> int:
+    """Bytes of the state that a decode step reads, which the node of a whole sequence does not have."""
+    return node.outputs[-1].type.bytes({**sizes}) if len(node.outputs) > 1 else 0
 
 
 def wide_rows(use: Use, kernel: RowKernel) -> bool:
@@ -155,7 +192,7 @@ def wide_rows(use: Use, kernel: RowKernel) -> bool:
     first = kernel.launches[0].sections
     if any(shifted(s.piece) for s in first) or not any(s.inner and int(s.inner[-1].size) % (WIDE // 2) == 0 for s in first):
         return False
-    read = [x for v, x in zip(use.graph.inputs, use.operands, strict=True) if use.graph.uses.get(v)]
+    read = [x for v, x in zip(use.graph.inputs, use.operands, strict=True) if x is not None and use.graph.uses.get(v)]
     return any(
         x.dim() > 1 and x.stride(-1) == 1 and x.data_ptr() % WIDE == 0
         and all(s % WIDE == 0 for s in x.stride()[:-1]) and x.shape[-1] * x.element_size() >= WIDE * WARP

@@ -1,0 +1,51 @@
+"""The C++ of a graph: every library that its ops call on the CPU, before any is built."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ...ir import Graph, Node
+from . import conv, recurrence
+from .recurrence import Traits
+
+_KEYS = {  # op -> whether it is a delta rule, and its kind of decay; operands begin with q, k, v
+    "gated_delta_rule": (True, "head"),
+    "delta_rule": (True, "head"),
+    "kimi_delta_attention": (True, "channel"),
+    "ssd": (False, "head"),
+    "gated_linear_attention": (False, "channel"),
+    "retention": (False, "head"),
+}
+_DTYPES = ("f32", "bf16")
+
+
+def sources(graph: Graph) -> dict[str, str]:
+    """Name -> text of every library that a graph, its layers and its kernels call, in order of first call."""
+    return dict(_sources(graph))
+
+
+def _sources(graph: Graph) -> Iterator[tuple[str, str]]:
+    for node in graph.nodes:
+        if node.callee is not None:
+            yield from _sources(node.callee)
+        elif node.is_op(*_KEYS):
+            yield from _recurrence(node)
+        elif node.is_op("causal_conv1d"):
+            yield from _conv(node)
+
+
+def _recurrence(node: Node) -> Iterator[tuple[str, str]]:
+    types = [v.type for v in node.operands if v.type.dtype != "i64"]
+    width, out = types[1].dims[-1].size, types[2].dims[-1].size
+    delta, decay = _KEYS[node.op.name]
+    if isinstance(width, int) and isinstance(out, int) and all(t.dtype in _DTYPES for t in types):
+        if 0 < width <= recurrence.WIDEST and out <= recurrence.WIDEST:
+            traits = Traits(delta, decay, recurrence.padded(width), recurrence.padded(out))
+            yield traits.name, recurrence.source(traits)
+
+
+def _conv(node: Node) -> Iterator[tuple[str, str]]:
+    x, w = (v.type for v in node.operands[:2])
+    taps, act = w.dims[1].size, node.attrs["act"]
+    if isinstance(taps, int) and 2 <= taps <= conv.MOST and x.dtype in _DTYPES and w.dtype in _DTYPES:
+        yield conv.name_of(taps, act), conv.source(taps, act)

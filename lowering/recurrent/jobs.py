@@ -1,0 +1,113 @@
+"""From a node of a program to its recurrence's launches and compile jobs, without a GPU and without numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from ...ir import DTYPES, Node, OpDef, TensorType, ops
+from ...ir.sizes import value as size_value
+from ..forms.chunked import Operands
+from ..gpu import Job
+from .launch import Step, backward, decode, forward, promoted
+from .run import job
+from .traits import HALF, WIDEST
+
+Tensor = torch.Tensor
+BATCH, LENGTH = 4, 2048  # rows and tokens of the listed launches: nothing that is compiled depends on them
+HALVES = ("forward", "backward", "step")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch of a recurrence: in which half of it, what it runs, and as what it is compiled."""
+
+    half: str  # forward (what a backward needs is kept), backward, or step
+    step: Step
+    target: str
+
+    @property
+    def name(self) -> str:
+        """Of the Triton function."""
+        return self.step.function
+
+    @property
+    def text(self) -> str:
+        """The module that the function stands in."""
+        return self.step.source.text
+
+    @property
+    def programs(self) -> int:
+        """Of BATCH rows with LENGTH tokens each; of BATCH rows in a step."""
+        return self.step.programs
+
+    @property
+    def job(self) -> Job:
+        """What a launch compiles, which takes Triton."""
+        return job(self.step, self.target)
+
+
+def launches(
+    node: Node, target: str = "sm_90", *, halves: Sequence[str] = HALVES, operands: Sequence[Tensor | None] | None = None
+) -> tuple[Launch, ...]:
+    """Every launch that a node of the recurrence family makes on a target, half by half, in order; none where torch runs it.
+
+    `operands` are the node's inputs as tensors without numbers, where strides matter; dense ones otherwise.
+    `launch.job` goes to `gpu.compile_all`; equal launches of two nodes have equal `gpu.jobs.job_key(launch.job)`.
+    """
+    x = described(node, operands)
+    if x is None or unfit(promoted(x), x.k.shape[3], x.v.shape[3]):
+        return ()
+    made = list[Launch]()
+    for half in halves:
+        steps = list[Step]()
+        _launch(half, x, steps, target)
+        made += [Launch(half, s, target) for s in steps]
+    return tuple(made)
+
+
+def unfit(dtype: torch.dtype, k: int, v: int) -> str:
+    """Why products in a dtype, or heads of k and v channels, have no generated kernel; empty where they have one."""
+    if dtype not in (*HALF, torch.float32):
+        return f"products of {str(dtype)[6:]} are no tensor core's; cuBLAS takes them"
+    if not (0 < k <= WIDEST and 0 < v <= WIDEST):
+        return f"heads of {k} and {v} channels; a program takes 1 to {WIDEST}"
+    return ""
+
+
+def described(node: Node, operands: Sequence[Tensor | None] | None = None) -> Operands | None:
+    """A node's operands without numbers; None where it is no member of the family."""
+    if not isinstance(node.op, OpDef) or node.op not in ops.FAMILY:
+        return None
+    given = [None if v is None else _blank(v.type) for v in node.inputs] if operands is None else operands
+    x = dict(zip((o.name for o in node.op.inputs), given, strict=True))
+    q, k, v = (_there(x[name]) for name in "qkv")
+    decay = x.get("decay")
+    if (slope := x.get("slope")) is not None:
+        decay = slope.expand(*v.shape[:2], -1)
+    delta = ops.FAMILY[node.op].update == "delta"
+    return Operands(q, k, v, decay, x.get("beta"), x.get("state"), x.get("cu"), float(node.attrs.get("scale", 1.0)), delta)
+
+
+def _launch(half: str, x: Operands, steps: list[Step], target: str) -> None:
+    if half == "step":
+        first = {name: None if (y := getattr(x, name)) is None else y[:, :1] for name in ("q", "k", "v", "decay", "beta")}
+        state = x.v.new_empty((x.v.shape[0], x.v.shape[2], x.k.shape[3], x.v.shape[3]), dtype=torch.float32)
+        decode(replace(x, **first, state=state, cu=None), steps.append, final=state, target=target)
+        return
+    unused = list[Step]()
+    o, final, saved = forward(x, (steps if half == "forward" else unused).append, keep=True, target=target)
+    if half == "backward":
+        backward(x, saved, o, final, steps.append, target=target)
+
+
+def _there(x: Tensor | None) -> Tensor:
+    assert x is not None
+    return x
+
+
+def _blank(type_: TensorType) -> Tensor:
+    sizes = {s: BATCH if s == "b" else LENGTH for s in type_.symbols}
+    return torch.empty([size_value(d.size, sizes) for d in type_.dims], dtype=DTYPES[type_.dtype], device="meta")
