@@ -105,22 +105,9 @@ def fused(name: str) -> Graph:
 
 def kernels_of(graph: Graph) -> tuple[Use, ...]:
     """The kernels that training runs: those of the program and of its gradient."""
-    from plait.ir import PassError
-    from plait.ir.gradient import backward
-    from plait.lowering.gpu.jobs import is_backward, op_uses, uses
-    from plait.passes import differentiate
+    from plait import tune
 
-    forward = uses(graph) + op_uses(graph)
-    if not forward or any(is_backward(u.graph) for u in forward):
-        return forward
-    try:
-        if graph.role == "kernel":
-            return forward + uses(backward(graph).graph)
-        both = differentiate(graph)[0]
-        return uses(both) + op_uses(both)
-    except PassError as error:
-        note(f"plait: note: {graph.name}: forward kernels alone: {error}")
-        return forward
+    return tune.kernels_of(graph, lambda text: note(f"plait: note: {text}"))
 
 
 def tables_of(programs: dict[str, Graph], targets: Sequence[str], tokens: int, only: str, told: Told) -> list[Kernels]:
@@ -247,13 +234,15 @@ def _row_facts(row: Row) -> dict[str, Any]:
 
 def source_text(graph: Graph) -> str:
     """The generated source of every distinct kernel; no Triton needed."""
+    from plait.lowering.gpu.op_jobs import OpKernels
     from plait.lowering.gpu.report import kernels
-    from plait.lowering.rows import Declined, RowKernel
+    from plait.lowering.rows import RowKernel
 
     parts = list[str]()
     for use in kernels_of(graph):
         made = kernels(use, "sm_90")
-        body = f"# no kernel: {made}\n" if isinstance(made, Declined) else made.source if isinstance(made, RowKernel) else made.text
+        text = made.source if isinstance(made, RowKernel) else f"# no kernel: {made}\n"
+        body = made.text if isinstance(made, OpKernels) else text
         parts.append(f"# {_heading(use)}\n\n{body}")
     return "\n\n".join(parts) or f"# {graph.name} has no kernels\n"
 

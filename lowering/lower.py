@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from ..ir import Graph, Mesh, Node, PlaitError, Value, parameters
+from .gpu.tuned import digest as tuned_digest
 from .local import local_kernel
 from .program import Choice, Program, fingerprint
 from .reshape import view_steps
@@ -30,7 +31,8 @@ def lower(graph: Graph, *, target: str = "cpu", mesh: Mesh | None = None) -> Pro
         name = names[layer] = f"layer{len(layers)}"
         layers[name] = _Emitter(layer, target, choices, mesh=mesh).module()
     entry = _Emitter(graph, target, choices, layers, names, mesh)
-    return Program(graph, target, entry.module(), layers, tuple(parameters(graph)), tuple(choices), fingerprint())
+    mark = fingerprint() + (tuned_digest() if target in ROW_KERNELS else "")  # configurations are compiled in
+    return Program(graph, target, entry.module(), layers, tuple(parameters(graph)), tuple(choices), mark)
 
 
 ROW_KERNELS = ("cuda", "interpreter")  # targets on which a kernel is one op

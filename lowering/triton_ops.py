@@ -16,7 +16,9 @@ from torch import fx
 
 from ..ir import DTYPES, Graph, PlaitError
 from .gpu import run as interpret
+from .gpu.machine import target_of
 from .gpu.sources import load
+from .gpu.tuned import row_warps
 from .kernels import NAMES, Gradient, fitted, gradient, layout, retyped, room, run
 from .program import fingerprint
 from .rows import Declined, RowKernel, row_kernel
@@ -116,16 +118,20 @@ def _kernel_of(graph: Graph) -> RowKernel | None:
 
 
 def _launched(kernel: RowKernel, operands: Sequence[Tensor], how: Callable[..., None]) -> tuple[Tensor, ...]:
-    return launch(kernel, operands, partial(how, load(kernel.source, kernel.name)))
+    return launch(kernel, operands, partial(how, load(kernel.source, kernel.name), kernel.source))
 
 
-def _launch_compiled(module: Any, function: str, programs: int, arguments: Mapping[str, Any], warps: int) -> None:
+def _launch_compiled(module: Any, source: str, function: str, programs: int, arguments: Mapping[str, Any], warps: int) -> None:
     grid = torch.library.wrap_triton(getattr(module, function))
+    device = next(x.device for x in arguments.values() if isinstance(x, Tensor))
+    warps = row_warps(target_of(device), function, source, warps)
     # Warps are counted in 32 threads; AMD's have 64.
     grid[(programs,)](**arguments, num_warps=warps if torch.version.hip is None else max(1, warps // 2))
 
 
-def _launch_interpreted(module: Any, function: str, programs: int, arguments: Mapping[str, Any], warps: int) -> None:
+def _launch_interpreted(
+    module: Any, source: str, function: str, programs: int, arguments: Mapping[str, Any], warps: int
+) -> None:  # fmt: skip
     interpret(getattr(module, function), (programs,), **arguments, num_warps=warps)
 
 

@@ -24,6 +24,7 @@ from .aot import Job
 from .machine import find_target
 from .op_jobs import halves
 from .sources import load
+from .tuned import row_warps
 
 Tensor = torch.Tensor
 BATCH, LENGTH = 4, 2048  # rows and tokens of the launch that kernels are compiled for: no size of it is 1
@@ -143,6 +144,7 @@ def jobs(kernel: RowKernel, operands: Sequence[Tensor | None], target: str) -> l
     module, made = load(kernel.source, kernel.name), list[Job]()
 
     def note(function: str, programs: int, arguments: Mapping[str, Any], warps: int) -> None:
+        warps = row_warps(target, function, kernel.source, warps)
         made.append(Job(getattr(module, function), (), arguments, target, num_warps=waves(warps, find_target(target).warp)))
 
     launch(kernel, [x for x in operands if x is not None], note)

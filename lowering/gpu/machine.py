@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from ...ir import PlaitError
 
 
@@ -82,3 +84,12 @@ def find_target(name: str) -> Target:
 def predicted_seconds(moved: float, flops: float, machine: Machine, *, dtype: str = "f32") -> float:
     """The roofline: as long as the slower of memory and arithmetic takes."""
     return max(moved / machine.sustained, flops / (machine.bf16 if dtype == "bf16" else machine.f32))
+
+
+def target_of(device: torch.device) -> str:
+    """The known target that a device's code is chosen as for."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return "sm_90"
+    if torch.version.hip is not None:
+        return "gfx942"
+    return {9: "sm_90", 10: "sm_100"}.get(torch.cuda.get_device_capability(device)[0], "sm_80")

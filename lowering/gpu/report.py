@@ -7,20 +7,24 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
+
+from torch import Tensor
 
 from ...ir import Graph, Node, OpDef, Value
 from ...ir.sizes import value as size_value
 from ...ir.types import BYTES
 from ..kernels import layout
 from ..rows import Declined, RowKernel, row_kernel
-from ..rows.launch import shared
+from ..rows.launch import launch, shared
 from ..rows.tiles import shifted
 from .aot import Compiled, CompileError, Job, compile_all
-from .jobs import Use, job_key, jobs
-from .machine import Machine, predicted_seconds
+from .jobs import Use, job_key, jobs, waves
+from .machine import Machine, find_target, predicted_seconds
 from .op_jobs import OpKernels, op_kernels
 from .resources import Resources, resources
+from .sources import load
+from .tuned import row_warps
 
 VIEWS = ("split", "reshape")  # other ways to see the same memory
 WIDE = 16  # bytes of the widest load of a thread
@@ -151,6 +155,24 @@ def jobs_of(use: Use, target: str) -> list[Job]:
     if isinstance(made, OpKernels):
         return [x.job for x in made.launches]
     return [] if isinstance(made, Declined) else jobs(made, use.operands, target)
+
+
+def launched(use: Use, operands: Sequence[Tensor | None], target: str) -> Callable[[], object]:
+    """What launches a use on the device that its operands are on, again and again into the same results."""
+    if use.node is not None:
+        made = op_kernels(use.node, use.half, target, operands).launches
+        return lambda: [x.run() for x in made]
+    kernel, calls = generated(use.graph), list[tuple[Any, ...]]()
+    assert isinstance(kernel, RowKernel)
+    launch(kernel, [x for x in operands if x is not None], lambda *call: calls.append(call))
+    module = load(kernel.source, kernel.name)
+
+    def run() -> None:
+        for function, programs, arguments, warps in calls:
+            warps = waves(row_warps(target, function, kernel.source, warps), find_target(target).warp)
+            getattr(module, function)[(programs,)](**arguments, num_warps=warps)
+
+    return run
 
 
 def rows(found: Sequence[Use], targets: Sequence[str], sizes: Sizes, told: Told) -> list[Row]:

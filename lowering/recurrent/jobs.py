@@ -12,7 +12,7 @@ from ...ir.sizes import value as size_value
 from ..forms.chunked import Operands
 from ..gpu import Job
 from .launch import Step, backward, decode, forward, promoted
-from .run import job
+from .run import job, launched
 from .traits import HALF, WIDEST
 
 Tensor = torch.Tensor
@@ -47,6 +47,10 @@ class Launch:
     def job(self) -> Job:
         """What a launch compiles, which takes Triton."""
         return job(self.step, self.target)
+
+    def run(self) -> None:
+        """Launch it, where the operands are on a device."""
+        launched(self.step)
 
 
 def launches(

@@ -9,6 +9,7 @@ import torch
 
 from ..gpu import Job
 from ..gpu import run as interpret
+from ..gpu.machine import target_of
 from ..gpu.sources import load
 from .launch import Step
 
@@ -38,16 +39,10 @@ def launched(step: Step) -> None:
     grid(**named(step.arguments), num_warps=warps, num_stages=step.tile.stages)
 
 
-def target_of(device: torch.device) -> str:
-    """The known target that a device's code is chosen as for."""
-    if device.type != "cuda" or not torch.cuda.is_available():
-        return "sm_90"
-    if torch.version.hip is not None:
-        return "gfx942"
-    return {9: "sm_90", 10: "sm_100"}.get(torch.cuda.get_device_capability(device)[0], "sm_80")
-
-
 def job(step: Step, target: str) -> Job:
     """What a launch would compile for a target."""
     warps = step.tile.warps if target.startswith("sm_") else max(1, step.tile.warps // 2)
     return Job(function_of(step), (), named(step.arguments), target, num_warps=warps, num_stages=step.tile.stages)
+
+
+__all__ = ["function_of", "interpreted", "job", "launched", "named", "target_of"]
