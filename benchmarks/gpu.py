@@ -1,4 +1,4 @@
-"""The GPU table: generated kernels beside torch.compile and Liger on one device, as shares of what copying the bytes takes.
+"""The GPU table: generated kernels beside torch.compile, Liger, fla and mamba-ssm on one device, as shares of the floor.
 
 python benchmarks/gpu.py [--case G3,G5] [--quick] [--json PATH] [--tokens N] [--samples N] [--budget SECONDS] [--check]
 
@@ -24,10 +24,11 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from gpu_cases import Case
+    from gpu_rules import Rule
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).parent / "results" / "gpu.json"
-VARIANTS = ("ours", "compile", "liger")
+VARIANTS = ("ours", "compile", "liger", "fla", "mamba-ssm")
 PREDICTED = ("H100", "H200", "B200", "MI300X")
 FEW_TOKENS = 5  # of an interpreted check: more than a convolution has taps
 ENDED, DEVICE_LOST, INTERRUPTED = 0, 3, 130  # how a worker ends: DEVICE_LOST where no more can run in its process
@@ -267,25 +268,11 @@ def lines(worker: subprocess.Popen[str], patience: float, until: float) -> Gener
 
 
 def measured_text(found: Mapping[str, Any]) -> str:
-    """The table of what was measured, and below it what was not, and why."""
+    """The table of what was measured, and below it what was not, and why. The peer is Liger, fla or mamba-ssm."""
     device = found["device"]
     copy = device.get("copy")
-    head = (
-        "",
-        "kernel",
-        "shape",
-        "mode",
-        "MB",
-        "floor us",
-        "ours us",
-        "of floor",
-        "to reach",
-        "compile us",
-        "x",
-        "Liger us",
-        "x",
-        "error",
-    )
+    head = ["", "kernel", "shape", "mode", "MB", "floor us", "ours us", "of floor", "to reach"]
+    head += ["compile us", "x", "peer us", "x", "error"]
     table = text_table(head, [measured_cells(r, copy) for r in found["rows"]])
     title = f"{device['device']}, torch {device['versions']['torch']}, triton {device['versions']['triton']}"
     notes = [f"{r['key']}: {name}: {why}" for r in found["rows"] for name, why in r["failures"].items()]
@@ -304,9 +291,9 @@ def measured_cells(record: Mapping[str, Any], copy: float) -> list[str]:
     cells = [record["case"], record["key"].split(":")[0], record["shape"], record["mode"]]
     cells += [figure(record["bytes"], 1e-6, ".1f"), figure(floor, 1e6, ".1f"), figure(mine, 1e6, ".1f")]
     cells += [figure(floor / mine if floor and mine else None, 100, ".0f", "%")]
-    cells += [figure(goal, 100, ".0f", "%") if record["bytes"] else figure(goal, 1, ".2f", "x")]
-    for name in ("compile", "liger"):
-        other = times[name]
+    cells += [figure(goal, 100, ".0f", "%") if goal and goal < 1 else figure(goal, 1, ".2f", "x")]
+    peer = next((times[name] for name in VARIANTS[2:] if times[name]), None)
+    for other in (times["compile"], peer):
         cells += [figure(other, 1e6, ".1f"), figure(other / mine if other and mine else None, 1, ".2f")]
     return [*cells, figure(record.get("errors", {}).get("ours", {}).get("norm"), 1, ".0e")]
 
@@ -330,33 +317,36 @@ def predicted_table(chosen: Sequence[str], args: argparse.Namespace) -> int:
     """What the bytes predict, and with --check whether the kernels are right. Returns 1 where one is not."""
     import torch
     from gpu_cases import Case, rows, traffic
+    from gpu_rules import Rule, launched_bytes, rule_bytes
     from plait.lowering.gpu import MACHINES, predicted_seconds
 
     say("checking alone" if torch.cuda.is_available() else "no GPU was found: these are predictions, nothing is timed")
     body = list[list[str]]()
     for key in chosen:
         case, mode = rows()[key]
-        if isinstance(case, Case):
-            moved = traffic(case.graph, mode, args.tokens)
+        if isinstance(case, (Case, Rule)):
+            rule = isinstance(case, Rule)
+            moved = rule_bytes(case, case.tokens) if rule else traffic(case.graph, mode, args.tokens)
             floors = [predicted_seconds(moved, 0, MACHINES[name]) for name in PREDICTED]
-            body.append(
-                [case.id, case.name, case.shape, mode, figure(moved, 1e-6, ".1f"), *(figure(f, 1e6, ".1f") for f in floors)]
-            )
-    print(text_table(("", "kernel", "shape", "mode", "MB", *(f"{name} us" for name in PREDICTED)), body))
+            ours = max(moved, launched_bytes(case, case.tokens)) if isinstance(case, Rule) else moved
+            cells = [figure(moved, 1e-6, ".1f"), *(figure(f, 1e6, ".1f") for f in floors)]
+            body.append([case.id, case.name, case.shape, mode, *cells, figure(ours / MACHINES["H200"].sustained, 1e6, ".1f")])
+    print(text_table(("", "kernel", "shape", "mode", "MB", *(f"{name} us" for name in PREDICTED), "ours, H200 us"), body))
     return checked_table(chosen) if args.check else 0
 
 
 def checked_table(chosen: Sequence[str]) -> int:
     """Errors against float64 of a few rows: our kernels interpreted, the torch expressions, Liger where it is installed."""
-    from gpu_cases import Case, rows
+    from gpu_cases import Layer, rows
     from gpu_measure import wrong
+    from gpu_rules import Rule
 
     body, bad = list[list[str]](), list[str]()
     for key in chosen:
         case, mode = rows()[key]
-        if not isinstance(case, Case):
+        if isinstance(case, Layer):
             continue
-        found = checked(case, mode)
+        found = checked_rule(case) if isinstance(case, Rule) else checked(case, mode)
         body.append([case.id, case.name, case.shape, mode, *(_error(found.get(name)) for name in ("ours", "torch", "liger"))])
         bad += [f"{key}: {n}: {why}" for n, e in found.items() if (why := e if isinstance(e, str) else wrong(e))]
     print("\n" + "\n".join([text_table(("", "kernel", "shape", "mode", "ours", "torch", "Liger"), body), *bad]))
@@ -365,6 +355,18 @@ def checked_table(chosen: Sequence[str]) -> int:
 
 def _error(found: tuple[float, float] | str | None) -> str:
     return "-" if found is None else "fails" if isinstance(found, str) else f"{found[0]:.1e}"
+
+
+def checked_rule(rule: Rule) -> dict[str, tuple[float, float] | str]:
+    """The errors of one recurrence on the CPU, at a shape that an interpreter can run."""
+    from gpu_measure import error
+    from gpu_rules import call_of, functions, operands, small, truth
+
+    say(f"{rule.name} {rule.mode} ...")
+    rule = small(rule)
+    xs, made = operands(rule, rule.tokens, "cpu"), functions(rule, "cpu")
+    want = truth(rule, xs)
+    return {name: error(call_of(rule, made[key](), xs)()(), want) for name, key in (("ours", "ours"), ("torch", "compile"))}
 
 
 def checked(case: Case, mode: str) -> dict[str, tuple[float, float] | str]:

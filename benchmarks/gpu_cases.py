@@ -8,6 +8,7 @@ from functools import cache
 
 import torch
 import torch.nn.functional as F
+from gpu_rules import Rule, rule_rows
 from plait.ir import DTYPES, Graph, TensorType, parse
 from plait.ir.gradient import Backward, backward
 from plait.ir.sizes import value as size_value
@@ -366,10 +367,10 @@ CASES: tuple[Case, ...] = (
 )
 LAYERS: tuple[Layer, ...] = (Layer("G8", "8192 x 2048, MLP 5632", GDN_LAYER, 1.3),)
 MODES, LAYER_MODES = ("fwd", "bwd"), ("fwd", "fwd+bwd")
-Row = tuple[Case | Layer, str]
+Row = tuple[Case | Layer | Rule, str]
 
 
 def rows() -> dict[str, Row]:
     """Every row of the table by its key, in order."""
     pairs = [(case, mode) for case in CASES for mode in MODES] + [(layer, mode) for layer in LAYERS for mode in LAYER_MODES]
-    return {f"{case.name}:{mode}": (case, mode) for case, mode in pairs}
+    return {**{f"{case.name}:{mode}": (case, mode) for case, mode in pairs}, **rule_rows()}

@@ -64,7 +64,7 @@ def test_a_plain_checkout_predicts_and_checks(tmp_path: Path) -> None:
     predicted, checked = ran.stdout.split("\n\n")
     (line,) = (x for x in predicted.splitlines() if "norm_gate" in x and "fwd" in x)
     moved = 3 * 4096 * 4096 * 2 + 256
-    assert line.split()[-5:] == [f"{moved / 1e6:.1f}", *(f"{moved / s * 1e6:.1f}" for s in (3.35e12, 4.3e12, 8e12, 5.3e12))]
+    assert line.split()[-6:-1] == [f"{moved / 1e6:.1f}", *(f"{moved / s * 1e6:.1f}" for s in (3.35e12, 4.3e12, 8e12, 5.3e12))]
     assert len(checked.splitlines()) == 5 and "wrong" not in checked
 
 
@@ -82,6 +82,26 @@ def test_every_row_has_the_figures_that_the_table_needs(gpu: Any, measure: Any, 
     facts = {"device": "fake", "copy": 1e12, "versions": {"torch": "1", "triton": "2"}}
     text = gpu.measured_text({"device": facts, "rows": [json.loads(json.dumps(record))]})
     assert "1000.0" in text and "1.00" in text and ("88%" if mode == "fwd" else "80%") in text
+
+
+@pytest.mark.parametrize("mode", ["fwd", "bwd", "step"])
+def test_a_recurrence_is_a_row_too(gpu: Any, measure: Any, monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+    rules = importlib.import_module("gpu_rules")
+    rule = rules.small(next(r for r in rules.RULES if r.mode == mode))
+    record = measure.measure((rule, mode), 70, 2, host(measure), "cpu")
+    assert set(record["variants"]) == {"ours", "compile"} and record["errors"]["ours"]["norm"] < 1e-2
+    assert [*record["failures"]] == ["fla"] or "fla" in record["variants"]
+    assert record["bytes"] == rules.rule_bytes(rule, rule.tokens) <= 3 * max(1, rules.launched_bytes(rule, rule.tokens))
+    cells = gpu.measured_cells({"key": f"{rule.name}:{mode}", **record}, 1e12)
+    assert cells[8] == {"fwd": "1.70x", "bwd": "1.50x", "step": "-"}[mode]
+    ours = gpu.checked_rule(rule)["ours"]
+
+    def zeros(*xs: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+        return 0 * xs[2], torch.zeros(1)
+
+    assert ours[0] < 1e-2
+    monkeypatch.setattr(rules, "_ours", lambda rule, device: zeros)
+    assert "ours" in measure.measure((rule, mode), 70, 2, host(measure), "cpu")["failures"]
 
 
 def test_what_is_wrong_is_not_timed(measure: Any, monkeypatch: pytest.MonkeyPatch) -> None:
