@@ -12,9 +12,7 @@ from typing import Any
 
 import torch
 from gpu_cases import Case, Function, Layer, Problem, Results, Row, gradient_of, problem, random_tensor, traffic
-from gpu_rules import CHECKED, Rule, call_of, operands, rule_bytes
-from gpu_rules import functions as rule_functions
-from gpu_rules import truth as rule_truth
+from gpu_rules import Rule
 from plait.ir import Graph, TensorType, evaluate, retype
 from plait.lowering.gpu import load, run
 from plait.lowering.rows import row_kernel
@@ -31,7 +29,6 @@ FEWEST, MOST = 1 << 20, 1 << 26  # device cycles of the pause in which the host 
 WARMUP = 3
 LIMIT, PEAK = 2e-2, 6e-2  # relative error of bf16 results: in the norm; of the worst element, over the largest one
 LAYER_LIMIT = 5e-2  # of a whole layer in bf16, against float32
-DEFAULT_TOKENS = 8192
 FEW = 130  # tokens of the check where the device has no room for all of them in float64
 LAYER_TOKENS = 1024  # of a layer's check
 
@@ -292,7 +289,9 @@ def measure(row: Row, tokens: int, samples: int, clock: Clock, device: str = "cu
     target, mode = row
     record: Record = {"case": target.id, "shape": target.shape, "mode": mode, "tokens": tokens, "failures": {}, "variants": {}}
     if isinstance(target, Rule):
-        _measure_rule(target, tokens, samples, clock, device, record)
+        from gpu_rule_rows import measure_rule
+
+        measure_rule(target, tokens, samples, clock, device, record)
         return record
     take = _measure_layer if isinstance(target, Layer) else _measure_case
     take(target, mode, tokens, samples, clock, device, record)  # type: ignore[arg-type] # by its class
@@ -318,10 +317,10 @@ def _measure_case(case: Case, mode: str, tokens: int, samples: int, clock: Clock
     failures |= {name: why for name, each in errors.items() if (why := wrong(each))}
     right = [name for name in ("ours", "compile", "liger") if name in errors and name not in failures]
     setups = {name: setup_of(case, given[name], p, mode) if name in given else ours(p, mode) for name in right}
-    _time(setups, errors, samples, clock, record)
+    time_all(setups, errors, samples, clock, record)
 
 
-def _time(
+def time_all(
     setups: Mapping[str, Setup], errors: Mapping[str, tuple[float, float]], samples: int, clock: Clock, record: Record
 ) -> None:
     ready = dict[str, Setup]()
@@ -334,28 +333,6 @@ def _time(
     times = interleave(ready, samples, clock) if ready else {}
     record["errors"] = {name: dict(zip(("norm", "worst"), map(finite, each), strict=True)) for name, each in errors.items()}
     record["variants"] = {name: asdict(each) for name, each in times.items()}
-
-
-# -- recurrences --------------------------------------------------------------------------
-
-
-def _measure_rule(rule: Rule, tokens: int, samples: int, clock: Clock, device: str, record: Record) -> None:
-    """Checked at few tokens, timed at the rule's own; fewer where the table is asked for fewer."""
-    tokens = rule.tokens if tokens == DEFAULT_TOKENS else min(rule.tokens, tokens)
-    record |= {"bytes": rule_bytes(rule, tokens), "target": rule.target, "tokens": tokens, "checked": min(tokens, CHECKED)}
-    found, failures = dict[str, Function](), record["failures"]
-    errors, xs = dict[str, tuple[float, float]](), operands(rule, record["checked"], device)
-    want = rule_truth(rule, xs)
-    for name, make in rule_functions(rule, device).items():
-        try:
-            found[name] = make()
-            errors[name] = error(call_of(rule, found[name], xs)()(), want)
-        except Exception as failed:  # not installed, or whatever a compiler or a launch may raise: the others go on
-            failures[name] = reason(failed)
-    failures |= {name: why for name, each in errors.items() if name != "mamba-ssm" and (why := wrong(each))}
-    xs = operands(rule, tokens, device)
-    setups = {name: call_of(rule, found[name], xs) for name in errors if name not in failures}
-    _time(setups, errors, samples, clock, record)
 
 
 # -- whole layers -------------------------------------------------------------------------
@@ -402,7 +379,7 @@ def _measure_layer(layer: Layer, mode: str, tokens: int, samples: int, clock: Cl
     failures |= {name: why for name, each in errors.items() if (why := wrong(each, LAYER_LIMIT))}
     values, dys = _layer_values(layer.graph, tokens, device)
     setups = {name: _layer_setup(made[name], values, dys, mode) for name in errors if name not in failures}
-    _time(setups, errors, samples, clock, record)
+    time_all(setups, errors, samples, clock, record)
 
 
 def _layer_truth(graph: Graph, values: Sequence[Tensor], dys: Sequence[Tensor], mode: str) -> list[Tensor]:

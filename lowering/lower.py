@@ -8,6 +8,8 @@ import torch
 from torch import fx
 
 from ..ir import Graph, Mesh, Node, PlaitError, Value, parameters
+from .cpp.step_run import step_of
+from .foreign import foreign_call
 from .gpu.tuned import digest as tuned_digest
 from .local import local_kernel
 from .program import Choice, Program, fingerprint
@@ -32,7 +34,8 @@ def lower(graph: Graph, *, target: str = "cpu", mesh: Mesh | None = None) -> Pro
         layers[name] = _Emitter(layer, target, choices, mesh=mesh).module()
     entry = _Emitter(graph, target, choices, layers, names, mesh)
     mark = fingerprint() + (tuned_digest() if target in ROW_KERNELS else "")  # configurations are compiled in
-    return Program(graph, target, entry.module(), layers, tuple(parameters(graph)), tuple(choices), mark)
+    step = step_of(graph, target) if mesh is None else None
+    return Program(graph, target, entry.module(), layers, tuple(parameters(graph)), tuple(choices), mark, step)
 
 
 ROW_KERNELS = ("cuda", "interpreter")  # targets on which a kernel is one op
@@ -67,6 +70,9 @@ class _Emitter:
         args = [self.env[v] if v is not None else None for v in node.inputs]
         if node.is_op("reshape"):
             return self._views(node)
+        if node.is_op("aten"):
+            self.choices.append(Choice(self.graph.name, str(node.attrs["target"]), node.loc, "torch", "no op here means it"))
+            return foreign_call(self.fx, node, args)
         if not isinstance(node.op, Graph):
             run, runs, why = choose(node, self.target)
             self.choices.append(Choice(self.graph.name, node.op.name, node.loc, runs, why))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from torch import fx
 
@@ -49,6 +50,8 @@ class Program:
     parameters: tuple[str, ...]  # full names, in the order the entry takes them
     choices: tuple[Choice, ...]
     fingerprint: str  # of the code behind every call: compiled code of another version must not be found in a cache
+    # Of a cached program on the CPU: told what runs each layer, what runs one token a row, where it can, instead of them.
+    step: Callable[[Mapping[Graph, Callable[..., Any]]], Callable[..., Any]] | None = None
 
     @property
     def source(self) -> str:

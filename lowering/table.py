@@ -8,7 +8,7 @@ from functools import cache
 from typing import Any
 
 from ..ir import OPS, Node, OpDef
-from . import forms
+from . import attending, forms
 from .cpp import remark
 from .forms.collectives import COLLECTIVE_FORMS, MOVING
 from .forms.crossing import crossing_form
@@ -25,6 +25,7 @@ class Form:
     run: Callable[..., Any]
     why: str
     generated: bool = False  # C++ where a compiler is found, else torch code
+    instead: Callable[[Node], Form | None] | None = None  # what runs a node that is another form's, and why it does
 
     @property
     def reason(self) -> str:
@@ -41,13 +42,18 @@ _CPU: dict[str, Form] = {
     "ssd": Form(forms.ssd, _CHUNKED, generated=True),
     "gated_linear_attention": Form(forms.gated_linear_attention, _CHUNKED, generated=True),
     "retention": Form(forms.retention, _CHUNKED, generated=True),
-    "gated_delta_final": Form(forms.gated_delta_final, _CHUNKED),
-    "kimi_delta_final": Form(forms.kimi_delta_final, _CHUNKED),
+    "gated_delta_final": Form(forms.gated_delta_final, _CHUNKED, generated=True),
+    "kimi_delta_final": Form(forms.kimi_delta_final, _CHUNKED, generated=True),
+    "selective_scan": Form(forms.selective_scan, "channels side by side, opaque to Dynamo", generated=True),
+    "rg_lru": Form(forms.rg_lru, "blocks of tokens side by side, opaque to Dynamo"),
     "causal_conv1d": Form(forms.causal_conv1d, "channels last, with a backward of its own", generated=True),
     "attention": Form(forms.attention, "SDPA, masks in blocks of queries"),
     "attention_part": Form(forms.attention_part, "torch's flash kernel on runs of places, else masks in blocks of queries"),
     "attention_part_gradients": Form(forms.attention_part_gradients, "as its forward, told the denominators of all parts"),
     "cache_write": Form(forms.cache_write, "in place: the cache that is read is dead"),
+    "cached_write": Form(forms.cached_write, "in place: the cache that is read is dead"),
+    "page_write": Form(forms.page_write, "in place: the pool that is read is dead"),
+    "cached_attention": Form(forms.cached_attention, "each row's own part of its ring, as attention's blocks"),
     "route": Form(forms.route, "top-k on integer keys that are unique, so that ties have one answer"),
     "dispatch": Form(forms.dispatch, "one stable sort"),
     "grouped_linear": Form(forms.grouped_linear, "a GEMM per expert that has rows"),
@@ -59,20 +65,37 @@ _CPU: dict[str, Form] = {
     "linear_token_losses": Form(forms.linear_token_losses, "in blocks of tokens, the logits made again in the backward"),
     "head_parts": Form(forms.head_parts, "in blocks of tokens, the logits made again in the backward"),
 }
-_NO_HOST = "torch code that no host waits for"
+
+
+def _attention_on_cuda(node: Node) -> Form:
+    """SDPA where its own kernels know the mask; generated kernels where it would have to be made."""
+    if why := attending.left(node):
+        return Form(forms.device.attention, why)
+    return Form(attending.faces(interpreted=False)["attention"], attending.taken(node))
+
+
 _CUDA: dict[str, Form] = {
     **{name: form for name, form in _CPU.items() if name != "linear"},
-    "attention": Form(forms.device.attention, "SDPA, masks made on the device"),
-    "causal_conv1d": Form(forms.device.causal_conv1d, _NO_HOST),
-    "anticausal_conv1d": Form(forms.device.anticausal_conv1d, _NO_HOST),
-    "conv1d_taps": Form(forms.device.conv1d_taps, _NO_HOST),
+    "attention": Form(
+        attending.faces(interpreted=False)["attention"], "generated Triton where SDPA has no kernel", instead=_attention_on_cuda
+    ),
+    **{
+        name: Form(
+            attending.faces(interpreted=False)[name], "generated Triton where no row kernel is: segments, a state in or out"
+        )
+        for name in ("causal_conv1d", "anticausal_conv1d", "conv1d_taps")
+    },
+    "selective_scan": Form(forms.selective_scan, "blocks of tokens side by side, opaque to Dynamo"),
     "grouped_linear": Form(forms.device.grouped_linear, "few rows fetch their matrices, many are a GEMM per expert"),
     **{
-        name: Form(run, "generated Triton for half types; float32, whose products spill registers, is torch code on cuBLAS")
+        name: Form(run, "generated Triton, float32 as three products of tf32; float64 and wider keys are torch code")
         for name, run in faces(interpreted=False).items()
     },
 }
-_INTERPRETED = _CUDA | {name: Form(run, "generated Triton, interpreted") for name, run in faces(interpreted=True).items()}
+_INTERPRETED = _CUDA | {
+    name: Form(run, "generated Triton, interpreted")
+    for name, run in (faces(interpreted=True) | attending.faces(interpreted=True)).items()
+}
 _PLACED = {
     name: Form(run, "the ranks of a mesh axis, through torch.distributed")
     for name, run in (COLLECTIVE_FORMS | UNDER_WAY_FORMS).items()
@@ -104,6 +127,7 @@ def choose(node: Node, target: str) -> tuple[Callable[..., Any], str, str]:
     form = form_of(op, target)
     if form is None:
         return op.reference, f"{op.name} (reference)", "fused with its neighbours by torch.compile"
+    form = (form.instead(node) if form.instead else None) or form
     return form.run, f"{form.run.__module__.rpartition('.')[2]}.{op.name}", form.reason
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -76,6 +77,26 @@ def test_a_directory_that_cannot_be_written_costs_a_warning_only(tmp_path: Path,
     with pytest.warns(RuntimeWarning, match="built anew in every process: .*set PLAIT_CACHE to a directory") as found:
         assert answer(1) == 1 and answer(2) == 2
     assert len(found) == 1
+
+
+def test_a_full_disk_costs_a_warning_only(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(file: Path, write: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(file))
+
+    monkeypatch.setattr(build, "write_atomic", full)
+    with pytest.warns(RuntimeWarning, match="No space left on device.*set PLAIT_CACHE to a directory"):
+        assert answer(3) == 3
+    assert not list(place.glob("*.so"))
+
+
+def test_no_room_anywhere_runs_torch_code(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(**options: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(build.tempfile, "TemporaryDirectory", full)
+    with pytest.warns(RuntimeWarning) as found:
+        assert build.library(TEXT.format(number=8), "nothing") is None
+    assert "No space left on device; make room in" in str(found[-1].message)
 
 
 def test_many_processes_at_once(place: Path) -> None:

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 from plait.ir import ops
-from plait.ir.errors import DataError
+from plait.ir.errors import DataError, TypeMismatch
 from plait.lowering import cpp, form_of
 from plait.lowering.cpp import build
 from plait.lowering.cpp import recurrence as generated
-from plait.lowering.forms import recurrence
+from plait.lowering.forms import recurrence, relay_op
 from torch import Tensor
 
 pytestmark = pytest.mark.skipif(cpp.compiler() is None, reason="no C++ compiler on this machine")
@@ -25,6 +25,7 @@ FACES = {  # name -> (gate axes, has beta)
     "gated_linear_attention": ("channel", False),
     "retention": ("slope", False),
 }
+SIZES = (32, 16)  # of key and value heads; those of tests that pad are padded to these, for libraries take seconds to build
 PACKED = torch.tensor([0, 0, 1, 1, 64, 130, 130])
 
 
@@ -81,36 +82,65 @@ class TestNumbers:
     @pytest.mark.parametrize("name", FACES)
     @pytest.mark.parametrize("t", [1, 63, 65, 100, 130])
     def test_lengths(self, name: str, t: int) -> None:
-        agree(name, operands(name, t, 16, 16, r=1 + 2 * (t % 2)))
+        agree(name, operands(name, t, *SIZES, r=1 + 2 * (t % 2)))
 
     @pytest.mark.parametrize("name", FACES)
     def test_padded_heads_of_unequal_sizes(self, name: str) -> None:
         agree(name, operands(name, 70, 24, 7))
 
-    @pytest.mark.parametrize("name,k,v", [("gated_delta_rule", 128, 128), ("kimi_delta_attention", 128, 64), ("ssd", 64, 128)])
+    @pytest.mark.parametrize("name,k,v", [("gated_delta_rule", 128, 128), ("kimi_delta_attention", 64, 128), ("ssd", 256, 48)])
     def test_wide_heads(self, name: str, k: int, v: int) -> None:
         agree(name, operands(name, 65, k, v, r=2))
 
     @pytest.mark.parametrize("name", FACES)
-    def test_packed_with_empty_segments(self, name: str) -> None:
-        agree(name, operands(name, 130, 16, 16, n=6), cu=PACKED)
+    @pytest.mark.parametrize("which", [0, 1])
+    def test_gradients_of_one_result_alone(self, name: str, which: int) -> None:
+        def alone(f: Any, xs: list[Tensor]) -> list[Tensor]:
+            xs = [x.detach().clone().requires_grad_() for x in xs]
+            return list(torch.autograd.grad(f(*xs, scale=0.3)[which].double().square().sum(), xs, allow_unused=True))
 
+        for xs in (operands(name, 70, 24, 16)[:-1], operands(name, 70, 24, 16)):
+            got, want = alone(getattr(recurrence, name), xs), alone(getattr(ops, name).reference, [x.double() for x in xs])
+            for a, b in zip(got, want, strict=True):
+                assert a.count_nonzero() == 0 if b is None else error(a, b) < 3e-6
+
+    @pytest.mark.parametrize("name", ["gated_delta_final", "kimi_delta_final"])
+    @pytest.mark.parametrize("cu", [None, PACKED])
+    def test_final_states_alone(self, name: str, cu: Tensor | None, monkeypatch: pytest.MonkeyPatch) -> None:
+        for other in ("final_state", "backward"):
+            monkeypatch.setattr(relay_op, other, None)
+        rule = "kimi_delta_attention" if name == "kimi_delta_final" else "gated_delta_rule"
+        _, *xs = operands(rule, 130, 24, 16, r=6, n=None if cu is None else 6)
+
+        def final(f: Any, xs: list[Tensor]) -> list[Tensor]:
+            xs = [x.detach().clone().requires_grad_() for x in xs]
+            y = f(*xs, cu)
+            return [y.detach(), *torch.autograd.grad(y.double().square().sum(), xs)]
+
+        got, want = final(getattr(relay_op, name), xs), final(getattr(ops, name).reference, [x.double() for x in xs])
+        assert max(error(a, b) for a, b in zip(got, want, strict=True)) < 3e-6
+
+    @pytest.mark.parametrize("name", FACES)
+    def test_packed_with_empty_segments(self, name: str) -> None:
+        agree(name, operands(name, 130, *SIZES, n=6), cu=PACKED)
+
+    @pytest.mark.parametrize("decay", [3.0, 20.0])
     @pytest.mark.parametrize("name", [name for name in FACES if FACES[name][0]])
-    def test_strong_decay(self, name: str) -> None:
+    def test_strong_decay(self, name: str, decay: float) -> None:
         # one gradient per slope is a sum over tokens of what nearly cancels, which torch adds up in float32
-        agree(name, operands(name, 70, 16, 16, decay=3.0), 1e-5 if name == "retention" else 3e-6)
+        agree(name, operands(name, 70, *SIZES, decay=decay), 1e-5 if name == "retention" else 3e-6)
 
     @pytest.mark.parametrize("name", [name for name in FACES if FACES[name][0]])
     @pytest.mark.parametrize("gate", [-60.0, float("-inf")])
     def test_decay_that_forgets_all(self, name: str, gate: float) -> None:
-        xs = operands(name, 70, 16, 16)
+        xs = operands(name, 70, *SIZES)
         xs[3] = torch.full_like(xs[3], gate)
         got, want = getattr(recurrence, name)(*xs), getattr(ops, name).reference(*(x.double() for x in xs))
         assert error(got[0], want[0]) < 1e-6 and error(got[1], want[1]) < 1e-6
 
     @pytest.mark.parametrize("name", ["gated_delta_rule", "kimi_delta_attention", "ssd"])
     def test_bfloat16_is_computed_in_float32(self, name: str) -> None:
-        xs = [x.bfloat16() if i < 3 else x for i, x in enumerate(operands(name, 100, 16, 16))]
+        xs = [x.bfloat16() if i < 3 else x for i, x in enumerate(operands(name, 100, *SIZES))]
         got = run(getattr(recurrence, name), xs)
         want = run(getattr(ops, name).reference, [x.double() for x in xs])
         assert got[0].dtype == torch.bfloat16 and got[1].dtype == torch.float32 and got[2].dtype == torch.bfloat16
@@ -132,18 +162,18 @@ class TestNumbers:
         assert error(torch.cat(out, 1), want) < 1e-6 and error(state, last) < 1e-6
 
     def test_strided_operands(self) -> None:
-        q, k, v, decay, beta, state = operands("gated_delta_rule", 65, 14, 20)
+        q, k, v, decay, beta, state = operands("gated_delta_rule", 65, 30, 12)
         packed = torch.cat([q.flatten(2), k.flatten(2), v.flatten(2)], -1)
-        split = [x.unflatten(2, (-1, d)) for x, d in zip(packed.split([28, 28, 120], -1), (14, 14, 20), strict=True)]
+        q1, k1, v1 = (x.unflatten(2, (-1, d)) for x, d in zip(packed.split([60, 60, 72], -1), (30, 30, 12), strict=True))
         turned = beta.transpose(1, 2).contiguous().transpose(1, 2)
         across = state.transpose(2, 3).contiguous().transpose(2, 3)
-        got = recurrence.gated_delta_rule(*split, decay[:, :, :1].expand_as(decay), turned, across)
+        got = recurrence.gated_delta_rule(q1, k1, v1, decay[:, :, :1].expand_as(decay), turned, across)
         want = recurrence.gated_delta_rule(q, k, v, decay[:, :, :1].expand_as(decay).contiguous(), beta, state)
         assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
 
     @pytest.mark.parametrize("name", ["gated_delta_rule", "kimi_delta_attention"])
     def test_the_same_bits_from_any_number_of_threads(self, name: str) -> None:
-        xs, before = operands(name, 300, 16, 16, r=8, b=2), torch.get_num_threads()
+        xs, before = operands(name, 300, *SIZES, r=8, b=2), torch.get_num_threads()
         results = list[list[Tensor]]()
         try:
             for threads in (1, 2, 3):
@@ -155,7 +185,7 @@ class TestNumbers:
             assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
     def test_what_is_saved_is_written_whole(self) -> None:
-        xs = operands("gated_delta_rule", 70, 16, 16)
+        xs = operands("gated_delta_rule", 70, *SIZES)
         for _ in range(2):
             torch.empty(1 << 16).fill_(float("nan"))
             saved = torch.ops.plait.linear_recurrence(*xs, None, 0.3, "delta", True)
@@ -164,8 +194,11 @@ class TestNumbers:
 
 @pytest.mark.parametrize("name", FACES)
 def test_torch_code_runs_where_there_is_no_compiler(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generated, "library", lambda traits: None)
-    agree(name, operands(name, 70, 16, 16))
+    def none(traits: generated.Traits) -> None:
+        pass
+
+    monkeypatch.setattr(generated, "library", none)
+    agree(name, operands(name, 70, *SIZES))
 
 
 def test_a_bad_border_is_refused_before_anything_is_read() -> None:
@@ -173,6 +206,21 @@ def test_a_bad_border_is_refused_before_anything_is_read() -> None:
     for borders in ([0, 5, 11], [0, 12, 10], [1, 5, 10], [-1, 5, 10]):
         with pytest.raises(DataError, match="must rise from 0 to the number of tokens, 10"):
             recurrence.gated_delta_rule(*xs, cu=torch.tensor(borders))
+
+
+@pytest.mark.parametrize("name", FACES)
+def test_no_tokens_and_no_rows(name: str) -> None:
+    for t, b in ((0, 1), (3, 0)):
+        xs = operands(name, t, 16, 16, b=b)
+        o, final, *grads = run(getattr(recurrence, name), xs)
+        assert o.shape == xs[2].shape and torch.equal(final, xs[-1])
+        assert [g.shape for g in grads] == [x.shape for x in xs]
+
+
+def test_operands_on_two_devices_are_refused() -> None:
+    q, k, v, decay, beta, state = operands("gated_delta_rule", 5, 16, 16)
+    with pytest.raises(TypeMismatch, match="operands are on cpu and meta; move all to one device"):
+        recurrence.gated_delta_rule(q, k.to("meta"), v, decay, beta, state)
 
 
 def test_float64_and_half_run_as_torch_code() -> None:
@@ -197,4 +245,4 @@ def test_narrower_vectors(flag: str, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = [f for f in build.FLAGS[0] if not f.startswith("-m")]
     monkeypatch.setattr(build, "FLAGS", ((*plain, flag),))
     monkeypatch.setattr(generated, "library", generated.library.__wrapped__)
-    agree("kimi_delta_attention", operands("kimi_delta_attention", 70, 16, 32))
+    agree("kimi_delta_attention", operands("kimi_delta_attention", 70, *SIZES))

@@ -13,7 +13,10 @@ from plait.lowering import cpp, lower
 from plait.lowering.cpp import conv, recurrence
 from plait.passes import DEFAULT, Pipeline
 
-HEAD = "q: {0}[2, 5, 2, 24], v: {0}[2, 5, 4, {1}], g: {0}[2, 5, 4], c: {0}[2, 5, 4, 24], s: {0}[4], x: {0}[2, 5, 6], w: {0}[6, {2}]"
+HEAD = (
+    "q: {0}[2, 5, 2, 24], v: {0}[2, 5, 4, {1}], g: {0}[2, 5, 4], c: {0}[2, 5, 4, 24], s: {0}[4], "
+    "x: {0}[2, 5, 6], w: {0}[6, {2}]"
+)
 BODY = """
     a, a1 = gated_delta_rule(q, q, v, g, g)
     b, b1 = delta_rule(q, q, v, g)
@@ -21,9 +24,11 @@ BODY = """
     e, e1 = ssd(q, q, v, g, g)
     f, f1 = gated_linear_attention(q, q, v, c)
     h, h1 = retention(q, q, v, s)
+    i = gated_delta_final(q, v, g, g)
+    j = kimi_delta_final(q, v, c, g)
     y, y1 = causal_conv1d(x, w, act='silu')
     z, z1 = causal_conv1d(x, w)
-    return a, b, d, e, f, h, y, z
+    return a, b, d, e, f, h, i, j, y, z
 """
 RULES = [f"recurrence_{update}_{decay}_32x48" for update in ("delta", "additive") for decay in ("head", "channel")]
 
@@ -54,7 +59,7 @@ def test_what_is_named_is_what_a_run_asks_for(dtype: str, out: int, taps: int, a
     with torch.no_grad():
         lower(graph).entry(*inputs)
     assert named == asked
-    assert ([*named][:4] == [*RULES[:2], *RULES[2:]]) == (dtype != "f64" and out <= recurrence.WIDEST)
+    assert ([*named][:4] == RULES) == (dtype != "f64" and out <= recurrence.WIDEST)
 
 
 def test_a_model_names_the_libraries_of_its_layers() -> None:

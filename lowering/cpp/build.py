@@ -125,8 +125,16 @@ def _kept(source: str, full: str, path: str) -> ctypes.CDLL:
     except (PlaitError, OSError) as error:
         remedy = "set PLAIT_CACHE to a directory that can be written"
         _warn("cache", f"generated C++ is built anew in every process: {error}; {remedy}")
+        return _passing(source, full, path)
+
+
+def _passing(source: str, full: str, path: str) -> ctypes.CDLL:
+    """The library from a file that is gone once it is loaded."""
+    try:
         with tempfile.TemporaryDirectory(prefix="plait_") as folder:
             return ctypes.CDLL(str(_compile(source, full, path, Path(folder))))
+    except OSError as error:
+        raise Unbuilt(f"{full}: {error}; make room in {tempfile.gettempdir()}, or set TMPDIR") from None
 
 
 def _sound(file: Path) -> bool:

@@ -233,9 +233,14 @@ def source(taps: int, act: str) -> str:
     return name + "\n".join(parts)
 
 
+def name_of(taps: int, act: str) -> str:
+    """What its library is called."""
+    return f"conv_{taps}_{act}"
+
+
 @cache
 def _library(taps: int, act: str) -> ctypes.CDLL | None:
-    made = library(source(taps, act), f"conv_{taps}_{act}")
+    made = library(source(taps, act), name_of(taps, act))
     if made is not None:
         for function in (made.forward, made.backward):
             function.argtypes, function.restype = (ctypes.POINTER(Call),), ctypes.c_int

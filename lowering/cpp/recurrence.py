@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ...ir import PlaitError
-from . import decays, prelude, skeleton, units
+from . import channel_decay, head_decay, prelude, products, skeleton, units, walk_back
 from .build import addressable
 from .build import library as built
 
@@ -33,7 +33,7 @@ class View(ctypes.Structure):
 
 
 _VIEWS = ("q", "k", "v", "decay", "beta", "o", "d_o", "d_q", "d_k", "d_v", "d_decay", "d_beta")
-_FLOATS = ("start", "final", "d_final", "d_start", "u", "solve", "states")  # contiguous float32
+_FLOATS = ("start", "final", "d_final", "d_start", "u", "states")  # contiguous float32
 _SIZES = ("batch", "tokens", "keys", "heads", "width", "out", "segments", "together", "part", "threads")
 
 
@@ -59,7 +59,10 @@ struct Call {{
     double scale;
 }};
 """
-_KINDS = {"head": (decays.HEAD, decays.HEAD_GRADIENTS), "channel": (decays.CHANNEL, decays.CHANNEL_GRADIENTS)}
+_KINDS = {
+    "head": (head_decay.HEAD, head_decay.HEAD_GRADIENTS, 0, 0),
+    "channel": (channel_decay.CHANNEL, channel_decay.CHANNEL_GRADIENTS, channel_decay.EXTRA, channel_decay.BACK_EXTRA),
+}
 
 
 @dataclass(frozen=True)
@@ -78,15 +81,15 @@ class Traits:
 
 def source(traits: Traits) -> str:
     """The C++ text of a member of the family."""
-    factors, gradients = _KINDS[traits.decay]
+    factors, gradients, extra, back_extra = _KINDS[traits.decay]
     constants = (
         f"constexpr int DK = {traits.width}, DV = {traits.out}, KINDS = {1 + traits.delta};\n"
         f"constexpr bool DELTA = {'true' if traits.delta else 'false'};\n"
+        f"constexpr int EXTRA = {extra}, BACK_EXTRA = {back_extra};  // of keys, that a kind of decay needs\n"
     )
     parts = (
-        f"// {traits.name}\n{prelude.VECTORS}", prelude.OPERANDS, prelude.PRODUCTS, constants, _STRUCTURES, decays.ROWS,
-        skeleton.ROOM, "static void share(const Chunk& c, Room& r);\n", skeleton.PARTS, factors, skeleton.FORWARD, gradients,
-        skeleton.BACKWARD, units.DECODE, units.ENTRIES,
+        f"// {traits.name}\n{prelude.VECTORS}", prelude.OPERANDS, products.PRODUCTS, products.TRANSPOSE, constants, _STRUCTURES,
+        skeleton.ROOM, skeleton.PARTS, factors, skeleton.FORWARD, gradients, walk_back.BACKWARD, units.DECODE, units.ENTRIES,
     )  # fmt: skip
     return "\n".join(parts)
 
@@ -116,8 +119,12 @@ def takes(x: Operands) -> bool:
 
 def traits_of(x: Operands) -> Traits:
     """Which library a call needs."""
-    width, out = (-(-n // 16) * 16 for n in (x.k.shape[3], x.v.shape[3]))
-    return Traits(x.delta, "channel" if x.by_channel else "head", width, out)
+    return Traits(x.delta, "channel" if x.by_channel else "head", padded(x.k.shape[3]), padded(x.v.shape[3]))
+
+
+def padded(channels: int) -> int:
+    """The size that a library is made for."""
+    return -(-channels // 16) * 16
 
 
 def together(heads: int, keys: int) -> int:
@@ -150,7 +157,10 @@ class Arguments:
         setattr(self.call, name, x.data_ptr())
 
 
-def _arguments(x: Operands) -> Arguments:
+_NAMES = ("q", "k", "v", "decay", "beta")
+
+
+def _arguments(x: Operands, *, read: bool) -> Arguments:
     b, t, heads, out = x.v.shape
     keys, width = x.k.shape[2:]
     made, few = Call(), together(heads, keys)
@@ -158,7 +168,7 @@ def _arguments(x: Operands) -> Arguments:
     made.segments, made.together, made.scale = x.states, few, x.scale
     made.threads = torch.get_num_threads() if b * t * heads * width * out > SMALL else 1
     args = Arguments(made, [])
-    for name in ("q", "k", "v", "decay", "beta"):
+    for name in _NAMES[not read :]:
         args.view(name, getattr(x, name))
     if x.cu is not None:
         args.alive.append(x.cu.to(torch.int64).contiguous())
@@ -172,38 +182,50 @@ def _run(x: Operands, name: str, args: Arguments) -> None:
 
 
 def forward(x: Operands, saved: Sequence[Tensor] | None) -> tuple[Tensor, Tensor]:
-    """o[b t h v] and the final state; fills u, solve and the states before chunks, if they are to be saved."""
-    args = _arguments(x)
-    o = torch.empty_like(x.v, memory_format=torch.contiguous_format)
-    final = x.v.new_empty((x.states, x.v.shape[2], x.k.shape[3], x.v.shape[3]), dtype=torch.float32)
+    """o[b t h v] and the final state; fills u and the states before chunks, if they are to be saved."""
+    args, o = _arguments(x, read=True), torch.empty_like(x.v, memory_format=torch.contiguous_format)
     args.view("o", o)
-    args.floats("start", x.state)
-    args.floats("final", final)
-    for name, tensor in zip(("u", "solve", "states"), saved or (), strict=False):
-        args.floats(name, tensor)
     short = saved is None and x.cu is None and x.v.shape[1] <= FEW
-    _run(x, "decode" if short else "forward", args)
-    return o, final
+    return o, _forward(x, "decode" if short else "forward", args, saved)
 
 
-def backward(x: Operands, saved: Sequence[Tensor], d_o: Tensor | None, d_final: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Gradients of q, k, v, decay, beta and of the state (float32), from what forward saved."""
-    args, dense = _arguments(x), torch.contiguous_format
-    grads = [None if y is None else torch.empty_like(y, memory_format=dense) for y in (x.q, x.k, x.v, x.decay, x.beta)]
-    for name, grad in zip(("d_q", "d_k", "d_v", "d_decay", "d_beta"), grads, strict=True):
-        args.view(name, grad)
+def final_state(x: Operands, saved: Sequence[Tensor] | None) -> Tensor:
+    """The final state alone: queries are not read."""
+    return _forward(x, "forward", _arguments(x, read=False), saved)
+
+
+def _forward(x: Operands, name: str, args: Arguments, saved: Sequence[Tensor] | None) -> Tensor:
+    final = x.v.new_empty((x.states, x.v.shape[2], x.k.shape[3], x.v.shape[3]), dtype=torch.float32)
+    for field, tensor in zip(("start", "final", "u", "states"), (x.state, final, *(saved or ())), strict=False):
+        args.floats(field, tensor)
+    _run(x, name, args)
+    return final
+
+
+def backward(
+    x: Operands, saved: Sequence[Tensor], d_o: Tensor | None, d_final: Tensor | None, *, read: bool = True
+) -> tuple[Tensor | None, ...]:
+    """Gradients of q (if it was read), k, v, decay, beta and of the state (float32), from what forward saved."""
+    args, dense = _arguments(x, read=read), torch.contiguous_format
+    operands = {name: getattr(x, name) for name in _NAMES if read or name != "q"}
+    grads = {name: torch.empty_like(y, memory_format=dense) for name, y in operands.items() if y is not None}
+    parts = _parts(x, args, [name for name in ("q", "k") if name in grads])
+    for name, grad in {**grads, **{name: part[0] for name, part in parts.items()}}.items():
+        args.view(f"d_{name}", grad)
     args.view("d_o", None if d_o is None else d_o.to(x.v.dtype))
-    blocks = x.v.shape[2] // x.k.shape[2] // args.call.together
-    parts = [x.k.new_empty((blocks, *x.k.shape), dtype=torch.float32) for _ in range(2 if blocks > 1 else 0)]
-    for name, part in zip(("d_q", "d_k"), parts, strict=False):
-        args.view(name, part[0])
-        args.call.part = x.k.numel()
-    d_start = x.v.new_empty((x.states, x.v.shape[2], x.k.shape[3], x.v.shape[3]), dtype=torch.float32)
-    for name, tensor in zip(("u", "solve", "states", "d_final", "d_start"), (*saved, d_final, d_start), strict=True):
+    d_start = None if x.state is None else torch.empty_like(x.state, dtype=torch.float32, memory_format=dense)
+    for name, tensor in zip(("u", "states", "start", "d_final", "d_start"), (*saved, x.state, d_final, d_start), strict=True):
         args.floats(name, tensor)
     _run(x, "backward", args)
-    summed = [in_order(part).to(like.dtype) for part, like in zip(parts, (x.q, x.k), strict=False)]
-    return (*(summed or grads[:2]), *grads[2:], d_start)
+    grads |= {name: in_order(part).to(operands[name].dtype) for name, part in parts.items()}
+    return (*(grads.get(name) for name in _NAMES), d_start)
+
+
+def _parts(x: Operands, args: Arguments, names: Sequence[str]) -> dict[str, Tensor]:
+    """Room for what blocks of value heads give to their key head, if there are several."""
+    blocks = x.v.shape[2] // x.k.shape[2] // args.call.together
+    args.call.part = x.k.numel()
+    return {name: x.k.new_empty((blocks, *x.k.shape), dtype=torch.float32) for name in names} if blocks > 1 else {}
 
 
 def in_order(parts: Tensor) -> Tensor:

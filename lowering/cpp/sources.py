@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ...ir import Graph, Node
-from . import conv, recurrence
+from . import conv, recurrence, scan
 from .recurrence import Traits
 
-_KEYS = {  # op -> whether it is a delta rule, and its kind of decay; operands begin with q, k, v
+_KEYS = {  # op -> whether it is a delta rule, and its kind of decay; operands begin with q, k, v, those of finals with k, v
     "gated_delta_rule": (True, "head"),
     "delta_rule": (True, "head"),
     "kimi_delta_attention": (True, "channel"),
     "ssd": (False, "head"),
     "gated_linear_attention": (False, "channel"),
     "retention": (False, "head"),
+    "gated_delta_final": (True, "head"),
+    "kimi_delta_final": (True, "channel"),
 }
 _DTYPES = ("f32", "bf16")
 
@@ -32,16 +34,20 @@ def _sources(graph: Graph) -> Iterator[tuple[str, str]]:
             yield from _recurrence(node)
         elif node.is_op("causal_conv1d"):
             yield from _conv(node)
+        elif node.is_op("selective_scan"):
+            yield from _scan(node)
 
 
 def _recurrence(node: Node) -> Iterator[tuple[str, str]]:
     types = [v.type for v in node.operands if v.type.dtype != "i64"]
-    width, out = types[1].dims[-1].size, types[2].dims[-1].size
+    values = 1 if node.is_op("gated_delta_final", "kimi_delta_final") else 2
+    width, out = types[0].dims[-1].size, types[values].dims[-1].size
     delta, decay = _KEYS[node.op.name]
-    if isinstance(width, int) and isinstance(out, int) and all(t.dtype in _DTYPES for t in types):
-        if 0 < width <= recurrence.WIDEST and out <= recurrence.WIDEST:
-            traits = Traits(delta, decay, recurrence.padded(width), recurrence.padded(out))
-            yield traits.name, recurrence.source(traits)
+    if not (isinstance(width, int) and isinstance(out, int) and all(t.dtype in _DTYPES for t in types)):
+        return
+    if 0 < width <= recurrence.WIDEST and out <= recurrence.WIDEST:
+        traits = Traits(delta, decay, recurrence.padded(width), recurrence.padded(out))
+        yield traits.name, recurrence.source(traits)
 
 
 def _conv(node: Node) -> Iterator[tuple[str, str]]:
@@ -49,3 +55,10 @@ def _conv(node: Node) -> Iterator[tuple[str, str]]:
     taps, act = w.dims[1].size, node.attrs["act"]
     if isinstance(taps, int) and 2 <= taps <= conv.MOST and x.dtype in _DTYPES and w.dtype in _DTYPES:
         yield conv.name_of(taps, act), conv.source(taps, act)
+
+
+def _scan(node: Node) -> Iterator[tuple[str, str]]:
+    types = [v.type for v in node.operands if v.type.dtype != "i64"]
+    state = types[2].dims[1].size
+    if isinstance(state, int) and 1 <= state <= scan.MOST and all(t.dtype in _DTYPES for t in types):
+        yield scan.name_of(state), scan.source(state)

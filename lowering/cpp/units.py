@@ -51,15 +51,15 @@ static void walk_tokens(const Call& x, const Span& s, int64_t key, int64_t first
 ENTRIES = """\
 // Every unit of work is alone with its results, so that the number of threads changes no bit.
 // A thread's room stays with it: its pages are touched once.
-struct Kept {
+struct Memory {
     float* start = nullptr;
     int64_t size = 0;
-    ~Kept() { free(start); }
+    ~Memory() { free(start); }
 };
 
 static float* room_of(int64_t floats)
 {
-    static thread_local Kept kept;
+    static thread_local Memory kept;
     if (kept.size < floats) {
         free(kept.start);
         kept.start = (float*)aligned_alloc(64, sizeof(float) * floats);
@@ -105,7 +105,6 @@ ENTRY forward(const Call* x)
     const int64_t chunks = (x->tokens / C + (x->borders ? x->segments : 1)) * x->batch * x->heads;
     fresh(x->o.data, bytes_of(x->o, *x, x->heads * x->out));
     fresh(x->u, chunks * C * x->out * 4);
-    fresh(x->solve, chunks * C * C * 4);
     fresh(x->states, chunks * x->width * x->out * 4);
     return over_units(*x, walk, false);
 }

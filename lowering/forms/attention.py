@@ -64,6 +64,11 @@ def attention(
     return torch.ops.plait.attention(q, k, v, sinks, cu, at, causal, window, softcap, factor)[0]
 
 
+def plain_causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Attention of tokens to themselves and those before, and nothing else."""
+    return _sdpa(q, k, v, scale, True)
+
+
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Tensor:
     # In bfloat16 the CPU's kernel runs 17 times slower backward (head 256, no matrix unit) than in float32.
     cast = _wide if q.device.type == "cpu" else torch.Tensor.contiguous
@@ -99,8 +104,13 @@ def _forward(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """The output, and the log of each softmax's denominator [b*g, r, t]."""
-    how = _masking(q, k, cu, at, causal, window, softcap, scale)
-    if q.shape[1] == 1 and cu is None and not softcap and k.shape[-1] == v.shape[-1] and q.device.type == "cpu":
+    return attend(q, k, v, sinks, _masking(q, k, cu, at, causal, window, softcap, scale))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, how: Masking) -> tuple[Tensor, Tensor]:
+    """As above, told where queries stand."""
+    alone = q.shape[1] == 1 and how.cu is None and not how.softcap
+    if alone and k.shape[-1] == v.shape[-1] and q.device.type == "cpu":
         return _decode(q, k, v, sinks, how)
     queries, keys, values = by_group(q, k.shape[2]), by_key(k), by_key(v)
     extra = None if sinks is None else _sinks(sinks, len(keys), queries.shape[1])

@@ -44,7 +44,7 @@ class Operands:
 
 @dataclass(frozen=True)
 class Saved:
-    """What backward reads again: updates u, solves T and the state before every chunk."""
+    """What backward reads again: updates u, solves T, unless they are made again, and the state before every chunk."""
 
     u: Tensor
     solve: Tensor
@@ -133,6 +133,13 @@ def invert(scores: Tensor, out: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(scores, unit, upper=False, unitriangular=True, out=out)
 
 
+def solves(scores: Tensor, saved: Saved | None, low: int, high: int) -> Tensor:
+    """Solves of chunks [low, high), where they are kept if they are."""
+    out = saved.solve[low:high] if saved and len(saved.solve) else torch.empty_like(scores)
+    invert(scores.flatten(0, 1), out.flatten(0, 1))
+    return out
+
+
 @dataclass(frozen=True)
 class Walk:
     """Where the state stands before and after each chunk: in slots, entering from and leaving to its segment's `ends`."""
@@ -160,7 +167,8 @@ def saved_shapes(x: Operands) -> tuple[tuple[int, ...], tuple[int, ...], tuple[i
     count = x.v.shape[1] // CHUNK + (2 if x.cu is None else x.states + 1)
     lanes, width = x.v.shape[0] * x.v.shape[2], x.v.shape[3]
     inner = count if x.delta else 0
-    return (inner, lanes, CHUNK, width), (inner, lanes, CHUNK, CHUNK), (count, lanes, x.k.shape[3], width)
+    solves = 0 if x.v.device.type == "cpu" and x.dtype == torch.float32 else inner
+    return (inner, lanes, CHUNK, width), (solves, lanes, CHUNK, CHUNK), (count, lanes, x.k.shape[3], width)
 
 
 def inference_chunk(x: Operands) -> int:
@@ -202,8 +210,7 @@ def _outputs(group: Group, walk: Walk, saved: Saved | None) -> Tensor:
     if not x.delta:
         return _scan(factors, values, None, values, walk, low)
     scores = factors.scores[1]
-    u, solve = (saved.u[low:high], saved.solve[low:high]) if saved else (torch.empty_like(values), torch.empty_like(scores))
-    invert(scores.flatten(0, 1), solve.flatten(0, 1))
+    u, solve = (saved.u[low:high] if saved else torch.empty_like(values)), solves(scores, saved, low, high)
     return _scan(factors, values, solve, u, walk, low)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .channel_decay import channel_gradients
 from .chunk_layout import Chunks, scatter
-from .chunked import Gates, Group, Operands, Saved, chunks_of, gates_of
+from .chunked import Gates, Group, Operands, Saved, chunks_of, gates_of, solves
 from .head_decay import Factors, Gradients, head_gradients
 
 
@@ -84,7 +84,9 @@ def _group_back(group: Group, saved: Saved, do: Tensor, way: Return, after: Tens
     x, low, high = group.call, group.low, group.high
     q, k, beta = group.load(x.q), group.load(x.k), group.beta
     factors = group.factors(q, k)
-    kept = Saved(saved.u[low:high] if x.delta else group.load(x.v, beta), saved.solve[low:high], saved.states[low:high])
+    again = x.delta and not len(saved.solve)
+    solve = solves(factors.scores[1], None, low, high) if again else saved.solve[low:high]
+    kept = Saved(saved.u[low:high] if x.delta else group.load(x.v, beta), solve, saved.states[low:high])
     values, grads = _walk_back(group, factors, group.load(do), kept, way, after)
     if out.beta is not None:
         # values . u is what the gradient of the delta rule's scores has on its diagonal.

@@ -26,6 +26,7 @@ def route(
     scale: float = 1.0,
     groups: int = 1,
     group_limit: int = 1,
+    group_best: int = 2,
 ) -> tuple[Tensor, Tensor]:
     """Weights and indices of the k best experts, lowest index first among equals; see the op for the options."""
     scores = _scores(logits, score)
@@ -34,7 +35,7 @@ def route(
         raise TypeMismatch(f"route: k is {k}; it must be at most the {eligible} experts that its groups leave")
     choice = scores.detach() if bias is None else scores.detach() + _wide(bias.detach())
     if groups > 1:
-        choice = _best_groups(choice, groups, group_limit)
+        choice = _best_groups(choice, groups, group_limit, group_best)
     experts = _first(choice, k)
     weights = scores.gather(-1, experts)
     if renormalize:
@@ -48,10 +49,10 @@ def _scores(logits: Tensor, score: str) -> Tensor:
     return torch.softmax(_wide(logits), -1) if score == "softmax" else torch.sigmoid(_wide(logits))
 
 
-def _best_groups(choice: Tensor, groups: int, limit: int) -> Tensor:
-    """Experts outside the `limit` groups with the best two members lose all chance."""
+def _best_groups(choice: Tensor, groups: int, limit: int, members: int) -> Tensor:
+    """Experts outside the `limit` groups whose best members sum highest lose all chance."""
     by_group = choice.unflatten(-1, (groups, -1))
-    best = by_group.topk(min(2, by_group.shape[-1]), -1).values.sum(-1)
+    best = by_group.topk(min(members, by_group.shape[-1]), -1).values.sum(-1)
     keep = torch.zeros_like(best, dtype=torch.bool).scatter(-1, _first(best, limit), True)
     return by_group.masked_fill(~keep.unsqueeze(-1), -torch.inf).flatten(-2)
 

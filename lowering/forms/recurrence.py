@@ -52,6 +52,8 @@ def check(q: Tensor, k: Tensor, v: Tensor, decay: Maybe, beta: Maybe, state: May
     """Refuses operands that do not fit together; the letters are those of the op's signature."""
     if update not in UPDATES:
         raise TypeMismatch(f"linear_recurrence: update is {update!r}; it must be one of {', '.join(UPDATES)}")
+    if len(places := {x.device for x in (q, k, v, decay, beta, state) if x is not None}) > 1:
+        raise _mismatch(f"operands are on {' and '.join(sorted(map(str, places)))}; move all to one device")
     if not (q.dim() == k.dim() == v.dim() == 4 and q.shape == k.shape and v.shape[:2] == k.shape[:2]):
         raise _mismatch(f"q {_dims(q)}, k {_dims(k)}, v {_dims(v)} must be [b t g k], [b t g k], [b t h v]")
     b, t, g, width = k.shape
@@ -82,11 +84,13 @@ def _forward(
 ) -> tuple[Tensor, ...]:
     """The op's kernel on any device: C++ where it is made for the call, else torch code."""
     x = Operands(q, k, v, decay, beta, state, cu, scale, update == "delta")
+    if not v.shape[0]:
+        return tuple(y.zero_() for y in _fake_forward(q, k, v, decay, beta, state, cu, scale, update, keep))
     if generated.ready(x):
         check(q, k, v, decay, beta, state, cu, update)  # C++ reads by address
         chunks = chunks_of(x) if keep or cu is not None else None  # says what is wrong with cu
         saved = room(x, chunks) if keep and chunks else None
-        o, final = generated.forward(x, saved and (saved.u, saved.solve, saved.states))
+        o, final = generated.forward(x, saved and (saved.u, saved.states))
         return o, final, *((saved.u, saved.solve, saved.states) if saved else (v.new_empty(0) for _ in range(3)))
     if not keep and cu is None and 0 < v.shape[1] <= FEW:
         o, final = decode(x)
@@ -125,8 +129,10 @@ def _backward(
     """The backward op's kernel on any device; an empty tensor stands for the gradient of an absent operand."""
     x = Operands(q, k, v, decay, beta, state, cu, scale, update == "delta")
     none = v.new_empty(0)
+    if not v.shape[0]:
+        return _fake_backward(q, k, v, decay, beta, state)
     if generated.ready(x):
-        *grads, start = generated.backward(x, (u, solve, states), do, dfinal)
+        *grads, start = generated.backward(x, (u, states), do, dfinal)
         return *(none if y is None else y for y in grads), none if state is None or start is None else start.to(state.dtype)
     out = backward(x, Saved(u, solve, states), do, dfinal)
     return (

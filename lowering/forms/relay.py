@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .channel_decay import channel_gradients
 from .chunk_layout import CHUNK, Chunks, scatter
-from .chunked import Group, Operands, Saved, Walk, chunks_of, gates_of, inference_chunk, invert, room
+from .chunked import Group, Operands, Saved, Walk, chunks_of, gates_of, inference_chunk, room, solves
 from .head_decay import Factors, Gradients, head_gradients
 
 # A unit state that nothing is written to fades away: below this it is zero, for products of subnormal numbers are slow.
@@ -58,8 +58,7 @@ def _pass(group: Group, walk: Walk, saved: Saved | None) -> None:
     """The state's pass over a group's chunks."""
     low, high, keys = group.low, group.high, _keys(group)
     values, scores = group.load(group.call.v, group.beta), keys.scores
-    u, solve = (saved.u[low:high], saved.solve[low:high]) if saved else (torch.empty_like(values), torch.empty_like(scores))
-    invert(scores.flatten(0, 1), solve.flatten(0, 1))
+    u, solve = (saved.u[low:high] if saved else torch.empty_like(values)), solves(scores, saved, low, high)
     for i, (update, value, read) in enumerate(zip(u.unbind(0), values.unbind(0), keys.read.unbind(0), strict=True)):
         state, after = walk.before(low + i), walk.after(low + i)
         torch.bmm(solve[i], value.baddbmm_(read, state), out=update)
@@ -92,7 +91,9 @@ def backward(x: Operands, saved: Saved, dfinal: Tensor) -> Results:
     begins, lasts = chunks.begins(), chunks.ends()
     for low, high in reversed(list(chunks.groups())):
         group = Group(x, gates, chunks, low, high)
-        keys, kept = _keys(group), Saved(saved.u[low:high], saved.solve[low:high], saved.states[low:high])
+        keys = _keys(group)
+        solve = saved.solve[low:high] if len(saved.solve) else solves(keys.scores, None, low, high)
+        kept = Saved(saved.u[low:high], solve, saved.states[low:high])
         values, grads = torch.empty_like(kept.u), _room_for(keys)
         for i in reversed(range(high - low)):
             if low + i in lasts:

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from ...ir.errors import PlaitError
-from .chunked import Operands, Saved, saved_shapes
+from ..cpp import recurrence as generated
+from .chunked import Operands, Saved, chunks_of, room, saved_shapes
 from .precision import opaque
+from .recurrence import check
 from .relay import backward, final_state
 
 Maybe = Tensor | None
@@ -37,8 +39,17 @@ def _operands(k: Tensor, v: Tensor, decay: Maybe, beta: Tensor, state: Maybe, cu
 
 
 def _forward(k: Tensor, v: Tensor, decay: Maybe, beta: Tensor, state: Maybe, cu: Maybe, keep: bool) -> tuple[Tensor, ...]:
-    """The op's kernel on any device."""
-    final, saved = final_state(_operands(k, v, decay, beta, state, cu), keep=keep)
+    """The op's kernel on any device: C++ where it is made for the call, else torch code."""
+    x = _operands(k, v, decay, beta, state, cu)
+    if not v.shape[0]:
+        return _fake(k, v, decay, beta, state, cu, keep)
+    if generated.ready(x):
+        check(k, k, v, decay, beta, state, cu, "delta")  # C++ reads by address
+        chunks = chunks_of(x) if keep or cu is not None else None  # says what is wrong with cu
+        saved = room(x, chunks) if keep and chunks else None
+        final = generated.final_state(x, saved and (saved.u, saved.states))
+    else:
+        final, saved = final_state(x, keep=keep)
     return (final, saved.u, saved.solve, saved.states) if saved else (final, *(v.new_empty(0) for _ in range(3)))
 
 
@@ -52,7 +63,13 @@ def _backward(
     k: Tensor, v: Tensor, decay: Maybe, beta: Tensor, state: Maybe, cu: Maybe, *rest: Tensor
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """The backward op's kernel on any device; an empty tensor stands for the gradient of an absent operand."""
-    out, none = backward(_operands(k, v, decay, beta, state, cu), Saved(*rest[:3]), rest[3]), v.new_empty(0)
+    x, none = _operands(k, v, decay, beta, state, cu), v.new_empty(0)
+    if not v.shape[0]:
+        return _fake_backward(k, v, decay, beta, state)
+    if generated.ready(x):
+        _, *grads, start = generated.backward(x, (rest[0], rest[2]), None, rest[3], read=False)
+        return *(none if y is None else y for y in grads), none if state is None or start is None else start.to(state.dtype)
+    out = backward(x, Saved(*rest[:3]), rest[3])
     start = none if state is None else out.state.to(state.dtype)
     return out.k, out.v, none if out.decay is None else out.decay, out.beta, start
 

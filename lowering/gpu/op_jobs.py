@@ -30,19 +30,34 @@ def halves(node: Node) -> tuple[str, ...]:
     """What of an op is written as kernels: its forward and its decode step, or its backward; nothing of most ops."""
     if not isinstance(node.op, OpDef):
         return ()
-    if node.op in ops.FAMILY:
+    if node.op in ops.FAMILY or node.is_op("attention"):
         return ("forward", "step")
-    return ("backward",) if node.op.gradient_of in ops.FAMILY else ()
+    of = node.op.gradient_of
+    if of is not None and (of in ops.FAMILY or of.name == "attention"):
+        return ("backward",)
+    return ("forward",) if node.is_op("causal_conv1d") else ()
 
 
 def op_kernels(node: Node, half: str, target: str, operands: Sequence[Tensor | None]) -> OpKernels:
     """The launches of one half of an op on a target; none where a library or torch code runs it."""
-    from ..recurrent.jobs import launches
+    from ..attending import jobs as attending
+    from ..recurrent import jobs as recurrent
 
     op = node.op
     assert isinstance(op, OpDef)
     if half == "backward":
         assert op.gradient_of is not None
-        count = len(op.gradient_of.inputs)
-        node, operands = replace(node, op=op.gradient_of, inputs=node.inputs[:count]), operands[:count]
-    return OpKernels(launches(node, target, halves=(half,), operands=operands))
+        op = op.gradient_of
+        node, operands = replace(node, op=op, inputs=node.inputs[: len(op.inputs)]), operands[: len(op.inputs)]
+    home = recurrent if op in ops.FAMILY else attending
+    return OpKernels(home.launches(node, target, halves=(half,), operands=operands))
+
+
+def why_none(node: Node, half: str) -> str:
+    """Why an op has no kernels of its own for some half."""
+    from ..attending.choice import left, unfit
+
+    if node.is_op("attention"):
+        why = unfit(node) if half == "step" else left(node)
+        return why or "a step is for causal attention that is not packed"
+    return "a library, or torch code, runs it for these sizes and dtypes"

@@ -21,7 +21,7 @@ from ..rows.tiles import shifted
 from .aot import Compiled, CompileError, Job, compile_all
 from .jobs import Use, job_key, jobs, waves
 from .machine import Machine, find_target, predicted_seconds
-from .op_jobs import OpKernels, op_kernels
+from .op_jobs import OpKernels, op_kernels, why_none
 from .resources import Resources, resources
 from .sources import load
 from .tuned import row_warps
@@ -146,7 +146,7 @@ def kernels(use: Use, target: str) -> RowKernel | OpKernels | Declined:
     if use.node is None:
         return generated(use.graph)
     made = op_kernels(use.node, use.half, target, use.operands)
-    return made if made.launches else Declined("a library, or torch code, runs it for these sizes and dtypes")
+    return made if made.launches else Declined(why_none(use.node, use.half))
 
 
 def jobs_of(use: Use, target: str) -> list[Job]:

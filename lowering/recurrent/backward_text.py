@@ -2,7 +2,8 @@
 
 w = solve^T (scores^T do + k write dS');   dv = beta w;   dS = fade dS' + (q read)^T do - (beta k read)^T w
 dP = do u^T,  dA = -w u^T beneath the diagonal;   dbeta = w . u / beta
-Decay is exp(sum_i - sum_j) wherever it stands: what rows pull less what columns pull is the gradient of the sums.
+Decay is exp(sum_i - sum_j) wherever it stands: what rows pull less what columns pull is the gradient of the sums, of operands
+as products have them, rounded, so that a pair within what is added up leaves nothing.
 """
 
 BACK = '''

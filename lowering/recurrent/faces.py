@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .op import linear_recurrence
+from .op import final_state, linear_recurrence
 
 Maybe = Tensor | None
 Face = Callable[..., tuple[Tensor, Tensor]]
@@ -56,13 +56,24 @@ def decayed(interpreted: bool) -> Face:
     return face
 
 
-_MEMBERS: dict[str, Callable[[bool], Face]] = {
+def final(interpreted: bool) -> Callable[..., Tensor]:
+    """The state that a delta rule ends in."""
+
+    def face(k: Tensor, v: Tensor, decay: Maybe, beta: Tensor, state: Maybe = None, cu: Maybe = None) -> Tensor:
+        return final_state(k, v, decay, beta, state, cu, interpreted=interpreted)
+
+    return face
+
+
+_MEMBERS: dict[str, Callable[[bool], Callable[..., Any]]] = {
     "gated_delta_rule": partial(gated, "delta"),
     "kimi_delta_attention": partial(gated, "delta"),
     "ssd": partial(gated, "additive"),
     "delta_rule": written,
     "gated_linear_attention": decayed,
     "retention": decayed,
+    "gated_delta_final": final,
+    "kimi_delta_final": final,
 }
 
 

@@ -26,25 +26,52 @@ def added(total, a, b, C: tl.constexpr, PRECISION: tl.constexpr):
     return tl.dot(a.to(C), b.to(C), acc=total, input_precision=PRECISION)
 '''
 
+SOLVED = '''
+@triton.jit
+def solved(t, x, C: tl.constexpr, PRECISION: tl.constexpr):
+    """A product with what is not rounded to C: its nearest in C, and the nearest of what that leaves."""
+    if C == tl.float32:
+        return tl.dot(t, x, input_precision=PRECISION)
+    else:
+        near = x.to(C)
+        return tl.dot(t, (x - near.to(tl.float32)).to(C), acc=tl.dot(t, near))
+'''
+
+READS = '''
+@triton.jit
+def reads(x, s, SPLIT: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr):
+    """Rows that meet a state; key channels in SPLIT parts, so that no warp holds a whole row."""
+    if SPLIT == 1:
+        return tl.dot(x.to(C), s.to(C), input_precision=PRECISION)
+    else:
+        rows = tl.permute(tl.reshape(x.to(C), (x.shape[0], SPLIT, x.shape[1] // SPLIT)), (1, 0, 2))
+        state = tl.reshape(s.to(C), (SPLIT, s.shape[0] // SPLIT, s.shape[1]))
+        return tl.sum(tl.dot(rows, state, input_precision=PRECISION), 0)
+'''
+
 INVERT = '''
 @triton.jit
-def invert(a, SOLVE: tl.constexpr):
-    """(I + a)^-1 of a strictly lower a[64, 64]: blocks of 16 row by row, all four at once, then pairs of blocks."""
-    o = tl.arange(0, 64)
+def invert(a, N: tl.constexpr, SOLVE: tl.constexpr):
+    """(I + a)^-1 of a strictly lower a[N, N]: blocks of 16 row by row, all at once, then pairs of blocks."""
+    B: tl.constexpr = N // 16
+    o = tl.arange(0, N)
     b_i, b_j = (o // 16)[:, None], (o // 16)[None, :]
-    blocks = tl.sum(tl.reshape(tl.where(b_i == b_j, a, 0.0), (4, 16, 4, 16)), 2)
+    blocks = tl.sum(tl.reshape(tl.where(b_i == b_j, a, 0.0), (B, 16, B, 16)), 2)
     o_b = tl.arange(0, 16)
-    t = tl.broadcast_to(tl.where(o_b[:, None] == o_b[None, :], 1.0, 0.0)[None, :, :], (4, 16, 16))
+    t = tl.broadcast_to(tl.where(o_b[:, None] == o_b[None, :], 1.0, 0.0)[None, :, :], (B, 16, 16))
     for i in range(1, 16):
         here = (o_b == i)[None, :, None]
         line = tl.sum(tl.where(here, blocks, 0.0), 1)
         t = tl.where(here, t - tl.sum(line[:, :, None] * t, 1)[:, None, :], t)
-    x = tl.reshape(tl.broadcast_to(t[:, :, None, :], (4, 16, 4, 16)), (64, 64))
+    x = tl.reshape(tl.broadcast_to(t[:, :, None, :], (B, 16, B, 16)), (N, N))
     x = tl.where(b_i == b_j, x, 0.0)
-    pair = tl.where((b_i % 2 == 1) & (b_j == b_i - 1), a, 0.0)
-    x -= tl.dot(tl.dot(x, pair, input_precision=SOLVE), x, input_precision=SOLVE)
-    pair = tl.where((b_i >= 2) & (b_j < 2), a, 0.0)
-    return x - tl.dot(tl.dot(x, pair, input_precision=SOLVE), x, input_precision=SOLVE)
+    if N > 16:
+        pair = tl.where((b_i % 2 == 1) & (b_j == b_i - 1), a, 0.0)
+        x -= tl.dot(tl.dot(x, pair, input_precision=SOLVE), x, input_precision=SOLVE)
+    if N > 32:
+        pair = tl.where((b_i >= 2) & (b_j < 2), a, 0.0)
+        x -= tl.dot(tl.dot(x, pair, input_precision=SOLVE), x, input_precision=SOLVE)
+    return x
 '''
 
 SPAN = '''
@@ -83,7 +110,7 @@ def $name($arguments):
     rise = tl.exp(sums.to(tl.float32))
     i_x, o_x = (start * H + i_h) * K, o_i[:, None] * (H * K) + o_k[None, :]
     tl.store(p_sums + i_x + o_x, sums, mask=m_k)
-    tl.store(p_q_read + i_x + o_x, (q * rise).to(C), mask=m_k)
+    $store_q_read
     $store_k_read
     fall = tl.exp(tl.minimum(total[None, :] - sums, 0.0).to(tl.float32))
     tl.store(p_k_write + i_x + o_x, (k * fall).to(C), mask=m_k)
@@ -99,21 +126,21 @@ def $name($arguments):
     i_c, i_g = pid // (H // R), pid % (H // R)
     $chunk
     $rows
-    qk = tl.zeros((CHUNK, CHUNK), tl.float32)
+    $no_qk
     $no_kk
     for i_k in range(0, K, BK):
         $key_columns
         $load_q
         $load_k
-        qk = added(qk, q, tl.trans(k), C, PRECISION)
+        $qk
         $kk
-    qk *= scale
+    $scale_qk
     for i_r in range(R):
         i_h = i_g * R + i_r
         $sums
         $pairs
         i_s, o_s = (i_c * H + i_h) * CHUNK * CHUNK, o_i[:, None] * CHUNK + o_i[None, :]
-        tl.store(p_scores + i_s + o_s, ($weighted_qk).to(C))
+        $store_qk
         $beta
         $solve
 ''',
@@ -126,23 +153,22 @@ def $name($arguments):
     i_g = i_h // R
     $chunk
     $rows
-    scores = tl.zeros((CHUNK, CHUNK), tl.float32)
+    $no_scores
     $no_kk
     for i_k in range(0, K, BK):
         $key_columns
         $load_q
         $load_k
         $sums
-        own = tl.sum(q.to(tl.float32) * k.to(tl.float32), 1)
-        scores += tl.where(o_i[:, None] == o_i[None, :], own[:, None], 0.0)
-        for level in range(6):
+        $own_scores
+        for level in range(LEVELS):
             near = span(p_sums + (start * H + i_h) * K, sums, o_i, o_k, last, level, H * K, K, BK)
             meets = across(o_i, level)
             near_k = (k * near).to(C)
-            scores += tl.where(meets, product(q * near, tl.trans(near_k), C, PRECISION), 0.0)
+            $scores
             $meets
     i_s, o_s = (i_c * H + i_h) * CHUNK * CHUNK, o_i[:, None] * CHUNK + o_i[None, :]
-    tl.store(p_scores + i_s + o_s, (scores * scale).to(C))
+    $store_scores
     $beta
     $solve
 ''',
@@ -175,8 +201,7 @@ def $name($arguments):
         $beta
         $update
         $keep_u
-        o = added($read_q * scale, tl.load(p_scores + i_s + o_s), u, C, PRECISION)
-        tl.store(p_o + (start * H + i_h) * V + (o_i[:, None] * (H * V) + o_v[None, :]), o.to(p_o.dtype.element_ty), mask=m_v)
+        $output
         s = $write
     tl.store(p_final + i_state + o_kv, s, mask=m_s)
 '''

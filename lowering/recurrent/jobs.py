@@ -11,13 +11,14 @@ from ...ir import DTYPES, Node, OpDef, TensorType, ops
 from ...ir.sizes import value as size_value
 from ..forms.chunked import Operands
 from ..gpu import Job
-from .launch import Step, backward, decode, forward, promoted
+from .launch import Step, backward, decode, final_state, forward, promoted
 from .run import job, launched
-from .traits import HALF, WIDEST
+from .traits import unfit
 
 Tensor = torch.Tensor
 BATCH, LENGTH = 4, 2048  # rows and tokens of the listed launches: nothing that is compiled depends on them
 HALVES = ("forward", "backward", "step")
+FINALS = (ops.gated_delta_final, ops.kimi_delta_final)
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,8 @@ def launches(
 ) -> tuple[Launch, ...]:
     """Every launch that a node of the recurrence family makes on a target, half by half, in order; none where torch runs it.
 
+    A node that asks for the final state alone has a forward.
+
     `operands` are the node's inputs as tensors without numbers, where strides matter; dense ones otherwise.
     `launch.job` goes to `gpu.compile_all`; equal launches of two nodes have equal `gpu.jobs.job_key(launch.job)`.
     """
@@ -67,32 +70,29 @@ def launches(
     made = list[Launch]()
     for half in halves:
         steps = list[Step]()
-        _launch(half, x, steps, target)
+        if node.op in ops.FAMILY:
+            _launch(half, x, steps, target)
+        elif half == "forward":
+            final_state(x, steps.append, target=target)
         made += [Launch(half, s, target) for s in steps]
     return tuple(made)
 
 
-def unfit(dtype: torch.dtype, k: int, v: int) -> str:
-    """Why products in a dtype, or heads of k and v channels, have no generated kernel; empty where they have one."""
-    if dtype not in (*HALF, torch.float32):
-        return f"products of {str(dtype)[6:]} are no tensor core's; cuBLAS takes them"
-    if not (0 < k <= WIDEST and 0 < v <= WIDEST):
-        return f"heads of {k} and {v} channels; a program takes 1 to {WIDEST}"
-    return ""
-
-
 def described(node: Node, operands: Sequence[Tensor | None] | None = None) -> Operands | None:
     """A node's operands without numbers; None where it is no member of the family."""
-    if not isinstance(node.op, OpDef) or node.op not in ops.FAMILY:
+    if not isinstance(node.op, OpDef) or node.op not in (*ops.FAMILY, *FINALS):
         return None
     given = [None if v is None else _blank(v.type) for v in node.inputs] if operands is None else operands
     x = dict(zip((o.name for o in node.op.inputs), given, strict=True))
-    q, k, v = (_there(x[name]) for name in "qkv")
+    k, v = _there(x["k"]), _there(x["v"])
+    q = x.get("q", k)
     decay = x.get("decay")
     if (slope := x.get("slope")) is not None:
         decay = slope.expand(*v.shape[:2], -1)
-    delta = ops.FAMILY[node.op].update == "delta"
-    return Operands(q, k, v, decay, x.get("beta"), x.get("state"), x.get("cu"), float(node.attrs.get("scale", 1.0)), delta)
+    delta = node.op in FINALS or ops.FAMILY[node.op].update == "delta"
+    return Operands(
+        _there(q), k, v, decay, x.get("beta"), x.get("state"), x.get("cu"), float(node.attrs.get("scale", 1.0)), delta
+    )
 
 
 def _launch(half: str, x: Operands, steps: list[Step], target: str) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from ..forms.chunked import Operands
 from .source import Source, backward_source, decode_source, forward_source
-from .traits import CHUNK, Config, Tile, Traits, config
+from .traits import Config, Tile, Traits, config
 
 Tensor = torch.Tensor
 
@@ -58,23 +58,33 @@ class Call:
     def saved_shapes(self) -> tuple[tuple[int, ...], ...]:
         """Shapes of `Saved`. Never one chunk: a tracer would take it for a constant."""
         b, t, heads, width = self.x.v.shape
-        pair, inner = (heads, CHUNK, CHUNK), self.count + 1 if self.x.delta else 0
+        size = self.config.chunk
+        pair, inner = (heads, size, size), self.count + 1 if self.x.delta else 0
         rows = b * t if self.x.delta else 0
         return (rows, heads, width), (inner, *pair), (self.count + 1, *pair), (self.count + 1, heads, self.x.k.shape[3], width)
 
 
-def call_of(x: Operands, *, keep: bool = False, target: str = "sm_90") -> Call:
+def call_of(x: Operands, *, keep: bool = False, output: bool = True, target: str = "sm_90") -> Call:
     """What the launches of a recurrence share."""
     decay = "none" if x.decay is None else "channel" if x.by_channel else "head"
-    traits = Traits(decay, x.delta, x.beta is not None, x.cu is not None, x.state is not None, keep)
+    traits = Traits(decay, x.delta, x.beta is not None, x.cu is not None, x.state is not None, keep, output)
     _, t, heads, width = x.v.shape
     made = config(promoted(x), x.k.shape[3], width, decay=decay, target=target)
-    chunks = (t + CHUNK - 1) // CHUNK if x.cu is None else t // CHUNK + x.states
+    size = made.chunk
+    chunks = (t + size - 1) // size if x.cu is None else t // size + x.states
     values = {
         **{"t": t, "chunks": chunks, "n_rows": x.v.shape[0] * t, "scale": float(x.scale)},
-        **{"H": heads, "R": heads // x.k.shape[2], "K": x.k.shape[3], "V": width, "CHUNK": CHUNK},
+        **{
+            "H": heads,
+            "R": heads // x.k.shape[2],
+            "K": x.k.shape[3],
+            "V": width,
+            "CHUNK": size,
+            "LEVELS": size.bit_length() - 1,
+            "SPLIT": made.split,
+        },
         **{"PRECISION": made.precision, "SOLVE": made.solve, "C": made.product, "WIDE": made.wide, "TINY": made.tiny},
-        **{f"p_{name}": x for name, x in ({} if x.cu is None else _tables(x.cu, t, chunks)).items()},
+        **{f"p_{name}": x for name, x in ({} if x.cu is None else _tables(x.cu.to(x.v.device), t, chunks, size)).items()},
     }
     for name in ("q", "k", "v", "decay", "beta"):
         given = getattr(x, name)
@@ -100,10 +110,10 @@ def rows_of(name: str, x: Tensor) -> dict[str, Any]:
     return {f"p_{name}": x, f"s_{name}_t": x.stride(0), f"s_{name}_h": x.stride(1)}
 
 
-def _tables(cu: Tensor, tokens: int, chunks: int) -> dict[str, Tensor]:
+def _tables(cu: Tensor, tokens: int, chunks: int, size: int) -> dict[str, Tensor]:
     """Segment borders, each one's first chunk, and each chunk's segment; borders that fall or lie outside do no harm."""
     borders = cu.to(torch.int64).clamp(0, tokens).cummax(0).values
-    many = (borders[1:] - borders[:-1] + CHUNK - 1) // CHUNK
+    many = (borders[1:] - borders[:-1] + size - 1) // size
     first = torch.cat([many.new_zeros(1), many.cumsum(0)])
     place = torch.arange(chunks, device=cu.device)
     found = torch.searchsorted(first, place, right=True) - 1
@@ -128,15 +138,27 @@ def parts_of(width: int, tile: int) -> int:
 def forward(x: Operands, run: Run, *, keep: bool = False, target: str = "sm_90") -> tuple[Tensor, Tensor, Saved]:
     """o[b t h v], final state[n h k v], and what backward needs."""
     call = call_of(x, keep=keep, target=target)
-    source, heads, width = forward_source(call.traits), x.v.shape[2], x.v.shape[3]
     saved, o, final = saved_room(call), _output(x), final_room(x)
     buffers = {"p_o": o, "p_final": final, **{f"p_{name}": getattr(saved, name) for name in ("u", "solve", "scores", "states")}}
-    buffers |= _gated(call, source, run)
-    lanes = heads if call.traits.decay == "channel" else x.k.shape[2]
-    _go(run, _step(call, source, "prepare", call.count * lanes, call.config.prepare, buffers))
-    tile = call.config.scan
-    _go(run, _step(call, source, "scan", x.states * heads * parts_of(width, tile.value), tile, buffers))
+    _chunks(call, run, buffers)
     return o, final, saved
+
+
+def final_state(x: Operands, run: Run, *, target: str = "sm_90") -> Tensor:
+    """The final state[n h k v] alone: no queries are read, no outputs made."""
+    call = call_of(x, output=False, target=target)
+    final, saved = final_room(x), saved_room(call)
+    _chunks(call, run, {"p_final": final, "p_solve": saved.solve})
+    return final
+
+
+def _chunks(call: Call, run: Run, buffers: Mapping[str, Any]) -> None:
+    """The forward's launches."""
+    x, source, tile = call.x, forward_source(call.traits), call.config.scan
+    heads, lanes = x.v.shape[2], x.v.shape[2] if call.traits.decay == "channel" else x.k.shape[2]
+    buffers = {**buffers, **_gated(call, source, run)}
+    _go(run, _step(call, source, "prepare", call.count * lanes, call.config.prepare, buffers))
+    _go(run, _step(call, source, "scan", x.states * heads * parts_of(x.v.shape[3], tile.value), tile, buffers))
 
 
 def _gated(call: Call, source: Source, run: Run) -> dict[str, Tensor]:
@@ -165,7 +187,9 @@ def saved_room(call: Call) -> Saved:
     """Buffers between the launches; what no chunk fills is zero where they are kept, so that equal calls give equal results."""
     if call.traits.packed and call.traits.keep:
         return Saved(*(call.x.v.new_zeros(shape, dtype=call.config.product) for shape in call.saved_shapes))
-    made = Saved(*(call.x.v.new_empty(shape, dtype=call.config.product) for shape in call.saved_shapes))
+    needed = (call.traits.keep, True, call.traits.output, call.traits.keep)
+    shapes = [shape if asked else (0,) for shape, asked in zip(call.saved_shapes, needed, strict=True)]
+    made = Saved(*(call.x.v.new_empty(shape, dtype=call.config.product) for shape in shapes))
     if call.traits.keep:
         for tensor in (made.solve, made.scores, made.states):
             tensor[-1:].zero_()

@@ -11,13 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...ir import PlaitError
+from ...ir import PlaitError, TypeMismatch
+from ...ir.errors import DataError
 from ..forms import recurrence as torch_form
+from ..forms import relay_op
 from ..forms.chunked import Operands
 from ..forms.precision import opaque
 from .launch import Run, Saved, backward, call_of, decode, final_room, forward, promoted
+from .launch import final_state as final_state_kernels
 from .run import interpreted, launched, target_of
-from .traits import FEW, HALF, WIDEST
+from .traits import FEW, unfit
 
 Maybe = Tensor | None
 
@@ -29,6 +32,10 @@ _library.define(f"recurrence_kernels({_OPERANDS}, {_ATTRIBUTES}, bool keep) -> {
 _library.define(
     f"recurrence_kernels_backward({_OPERANDS}, Tensor u, Tensor solve, Tensor scores, Tensor states, "
     f"Tensor? do, Tensor? dfinal, {_ATTRIBUTES}) -> {_RESULTS}"
+)
+_library.define(
+    "recurrence_state(Tensor k, Tensor v, Tensor? decay, Tensor? beta, Tensor? state, Tensor? cu, str update, bool interpreted)"
+    " -> Tensor"
 )
 _library.define(f"recurrence_step({_OPERANDS.replace('Tensor? state', 'Tensor(a!) state')}, {_ATTRIBUTES}) -> Tensor")
 
@@ -56,21 +63,45 @@ def linear_recurrence(
     return o, final
 
 
+def final_state(
+    k: Tensor, v: Tensor, decay: Maybe, beta: Maybe, state: Maybe = None, cu: Maybe = None, *, interpreted: bool = False
+) -> Tensor:
+    """`gated_delta_final` and `kimi_delta_final` by generated kernels where there are any for these operands."""
+    if declined(k, k, v, interpreted):
+        return relay_op.gated_delta_final(k, v, decay, _there(beta), state, cu)
+    torch_form.check(k, k, v, decay, beta, state, cu, "delta")
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (k, v, decay, beta, state)):
+        return linear_recurrence(k, k, v, decay, beta, state, cu, interpreted=interpreted)[1]
+    return torch.ops.plait.recurrence_state(k, v, decay, beta, state, cu, "delta", interpreted)
+
+
+def _there(x: Maybe) -> Tensor:
+    if x is None:
+        raise TypeMismatch("gated_delta_final: beta is missing; it must be [b t h]")
+    return x
+
+
 def declined(q: Tensor, k: Tensor, v: Tensor, interpreted: bool) -> str:
     """Why operands have no generated kernel; empty where they have one."""
     dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
     if not interpreted and q.device.type != "cuda":
         return f"on {q.device.type} the torch form is faster than an interpreter"
-    if dtype not in HALF and not (interpreted and dtype == torch.float32):
-        return f"products of {str(dtype)[6:]} do not fit the registers that one program has; cuBLAS takes them"
-    if not (0 < k.shape[-1] <= WIDEST and 0 < v.shape[-1] <= WIDEST):
-        return f"heads of {k.shape[-1]} and {v.shape[-1]} channels; a program takes 1 to {WIDEST}"
-    return ""
+    return unfit(dtype, k.shape[-1], v.shape[-1])
 
 
 def _operands(values: tuple[Any, ...], scale: float, update: str) -> Operands:
     q, k, v, decay, beta, state, cu = values
     return Operands(q, k, v, decay, beta, state, cu, scale, update == "delta")
+
+
+def _read(values: tuple[Any, ...], scale: float, update: str) -> Operands:
+    """The operands; borders are looked at where that makes no host wait, and elsewhere clamped into the row by the kernels."""
+    x = _operands(values, scale, update)
+    if x.cu is not None and x.cu.device.type == "cpu":
+        borders, tokens = [int(n) for n in x.cu.tolist()], x.v.shape[1]
+        if borders[0] != 0 or borders[-1] != tokens or borders != sorted(borders):
+            raise DataError(f"cu: {borders} must rise from 0 to the number of tokens, {tokens}; pass cumulative lengths")
+    return x
 
 
 def _how(device: torch.device, interpret: bool) -> tuple[Run, str]:
@@ -80,7 +111,7 @@ def _how(device: torch.device, interpret: bool) -> tuple[Run, str]:
 def _forward(*values: Any) -> tuple[Tensor, ...]:
     """The op's kernel."""
     *given, scale, update, interpret, keep = values
-    x = _operands(tuple(given), scale, update)
+    x = _read(tuple(given), scale, update)
     run, target = _how(x.q.device, interpret)
     if not keep and x.cu is None and 0 < x.v.shape[1] <= FEW:
         return *decode(x, run, target=target), *(x.v.new_empty(0) for _ in range(4))
@@ -132,12 +163,33 @@ def _differentiate_again(ctx: Any, *grads: Maybe) -> tuple[Maybe, ...]:
     raise PlaitError("recurrence_kernels has no second derivative; compile with target='reference' to differentiate twice")
 
 
+def _state(*values: Any) -> Tensor:
+    """The state op's kernel."""
+    k, *given, update, interpret = values
+    run, target = _how(k.device, interpret)
+    return final_state_kernels(_read((k, k, *given), 1.0, update), run, target=target)
+
+
+def _fake_state(*values: Any) -> Tensor:
+    k, *given, update, _ = values
+    return final_room(_operands((k, k, *given), 1.0, update))
+
+
 def _step(*values: Any) -> Tensor:
     """A few tokens, the state updated in place."""
     *given, scale, update, interpret = values
     x = _operands(tuple(given), scale, update)
+    if x.cu is not None or x.state is None:
+        raise TypeMismatch(
+            "recurrence_step: cu is given, or no state; a step takes one row of tokens for each state that it updates"
+        )
+    torch_form.check(x.q, x.k, x.v, x.decay, x.beta, x.state, None, update)
     run, target = _how(x.q.device, interpret)
-    return decode(x, run, final=x.state, target=target)[0]
+    if x.state.is_contiguous():
+        return decode(x, run, final=x.state, target=target)[0]
+    o, final = decode(x, run, target=target)
+    x.state.copy_(final)
+    return o
 
 
 def _fake_step(*values: Any) -> Tensor:
@@ -147,6 +199,7 @@ def _fake_step(*values: Any) -> Tensor:
 _IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "recurrence_kernels": (_forward, _fake_forward),
     "recurrence_kernels_backward": (_backward, _fake_backward),
+    "recurrence_state": (_state, _fake_state),
     "recurrence_step": (_step, _fake_step),
 }
 for _name, (_kernel, _fake) in _IMPLEMENTATIONS.items():

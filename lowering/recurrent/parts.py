@@ -55,6 +55,8 @@ g = tl.load(p_decay + start * s_decay_t + i_h * s_decay_h + o_i * s_decay_t, mas
 g = tl.maximum(g, -128.0)
 sums = tl.cumsum(g, 0)"""
 _CHANNEL = "(start * H + i_h) * K + (o_i[:, None] * (H * K) + o_k[None, :])"
+# Loaded where they are used: registers need not hold all three at once.
+_Q_READ, _K_READ, _K_WRITE = (f"tl.load(p_{x} + {_CHANNEL}, mask=m_k, other=0.0)" for x in ("q_read", "k_read", "k_write"))
 _CHANNEL_SUMS = f"sums = tl.load(p_sums + {_CHANNEL}, mask=m_k, other=0.0)"
 _HEAD_GATES = """
 total = tl.sum(g, 0)
@@ -82,11 +84,11 @@ DECAY: Mapping[str, Parts] = {
         "pairs": "",
         "weighted_qk": "tl.where(o_i[:, None] >= o_i[None, :], qk, 0.0)",
         "weighted_kk": "kk",
-        "read_q": "product(q, s_c, C, PRECISION)",
-        "read_k": "product(k, s_c, C, PRECISION)",
+        "read_q": "reads(q, s_c, SPLIT, C, PRECISION)",
+        "read_k": "reads(k, s_c, SPLIT, C, PRECISION)",
         "write": "added(s, tl.trans(k), u, C, PRECISION)",
         "fade_one": "",
-        "write_back": "product(k, ds.to(C), C, PRECISION)",
+        "write_back": "reads(k, ds, SPLIT, C, PRECISION)",
         "fade_back": "added(ds, tl.trans(q), do * scale, C, PRECISION)",
         "read_back_k": "ds = added(ds, tl.trans(k), -dv, C, PRECISION)",
         "weights": "",
@@ -96,6 +98,7 @@ DECAY: Mapping[str, Parts] = {
         "times_fall": "",
         "rise_k": "",
         "pair_gradients": "$head_pairs",
+        "add_left_k": "$head_left_k",
         "store_ddecay": "",
     },
     "head": {
@@ -104,11 +107,11 @@ DECAY: Mapping[str, Parts] = {
         "pairs": "pairs = tl.exp(tl.minimum(sums[:, None] - sums[None, :], 0.0).to(tl.float32))",
         "weighted_qk": "tl.where(o_i[:, None] >= o_i[None, :], qk * pairs, 0.0)",
         "weighted_kk": "kk * pairs",
-        "read_q": "product(q, s_c, C, PRECISION) * rise",
-        "read_k": "product(k, s_c, C, PRECISION) * rise",
+        "read_q": "reads(q, s_c, SPLIT, C, PRECISION) * rise",
+        "read_k": "reads(k, s_c, SPLIT, C, PRECISION) * rise",
         "write": "added(s * fade, tl.trans(k), u * fall, C, PRECISION)",
         "fade_one": "s *= tl.exp(tl.load(p_decay + row * s_decay_t + i_h * s_decay_h).to(tl.float32))",
-        "write_back": "product(k, ds.to(C), C, PRECISION) * fall",
+        "write_back": "reads(k, ds, SPLIT, C, PRECISION) * fall",
         "fade_back": "added(ds * fade, tl.trans(q), do * (rise * scale), C, PRECISION)",
         "read_back_k": "ds = added(ds, tl.trans(k), -dv * rise, C, PRECISION)",
         "weights": """
@@ -117,6 +120,7 @@ $pairs
 dp *= pairs
 $weigh_da""",
         "pair_gradients": "$head_pairs",
+        "add_left_k": "$head_left_k",
         **_KEPT,
         "store_ddecay": """
 moved = tl.sum($moved, 1)
@@ -127,35 +131,37 @@ tl.store(p_ddecay + (i_part * n_rows + start) * H + i_h + o_i * H, past, mask=m)
     "channel": {
         "sums": _CHANNEL_SUMS,
         "meeting": f"""
-q_read = tl.load(p_q_read + {_CHANNEL}, mask=m_k, other=0.0)
 $load_k_read
-k_write = tl.load(p_k_write + {_CHANNEL}, mask=m_k, other=0.0)""",
+k_write = {_K_WRITE}""",
         "gates": "fade = tl.load(p_fade + (i_c * H + i_h) * K + o_k, mask=inside(o_k, K, BK), other=0.0)[:, None]",
         "gradient_gates": f"{_CHANNEL_SUMS}\n{_CHANNEL_GATES}",
         "weighted_kk": "kk",
-        "read_q": "product(q_read, s_c, C, PRECISION)",
-        "read_k": "product(k_read, s_c, C, PRECISION)",
+        "read_q": f"reads({_Q_READ}, s_c, SPLIT, C, PRECISION)",
+        "read_k": "reads(k_read, s_c, SPLIT, C, PRECISION)",
         "write": "added(s * fade, tl.trans(k_write), u, C, PRECISION)",
         "fade_one": """
 g = tl.load(p_decay + row * s_decay_t + i_h * s_decay_h + o_k, mask=m_k, other=0.0).to(tl.float32)
 s *= tl.exp(g)[:, None]""",
-        "write_back": "product(k_write, ds.to(C), C, PRECISION)",
-        "fade_back": "added(ds * fade, tl.trans(q_read), do * scale, C, PRECISION)",
+        "write_back": "reads(k_write, ds, SPLIT, C, PRECISION)",
+        "fade_back": f"added(ds * fade, tl.trans({_Q_READ}), do * scale, C, PRECISION)",
         "read_back_k": "ds = added(ds, tl.trans(k_read), -dv, C, PRECISION)",
         "weights": "",
+        "add_left_k": "",
         "pair_gradients": """
-right = tl.zeros((CHUNK, BK), tl.float32)
-for level in range(6):
+moved = $pulled
+right = $first_right
+for level in range(LEVELS):
     near = span(p_sums + (start * H + i_h) * K, sums, o_i, o_k, last, level, H * K, K, BK)
     meets = across(o_i, level)
     part = tl.where(meets, dp, 0.0)
-    near_k = (k * near).to(C)
-    left += product(part, near_k, C, PRECISION) * near
-    right += product(tl.trans(part), q * near, C, PRECISION) * near
+    near_q, near_k = (q * near).to(C), (k * near).to(C)
+    row, column = product(part, near_k, C, PRECISION), product(tl.trans(part), near_q, C, PRECISION)
+    left += row * near
+    right += column * near
+    moved += near_q * row - near_k * column
     $pair_gradients_k""",
         **_KEPT,
         "store_ddecay": """
-moved = $moved
 written = k * writes
 past = tl.cumsum(moved, 0, reverse=True) + tl.cumsum(written, 0) - written + (kept * tl.reshape(fade, (BK,)))[None, :]
 o_decay = (start * H + i_h) * K + (o_i[:, None] * (H * K) + o_k[None, :])
@@ -177,12 +183,12 @@ $beta_guard""",
 
 UPDATE: Mapping[bool, Parts] = {
     False: {
+        "load_k_read": "",
         "kk": "",
         "no_kk": "",
         "meets": "",
         "beta_guard": "",
         "solve": "",
-        "load_k_read": "",
         "store_k_read": "",
         "update": "u = v$times_beta",
         "keep_u": "",
@@ -208,24 +214,26 @@ left = added(left, dp, k, C, PRECISION)
 right = product(tl.trans(dp), q, C, PRECISION)""",
         "pair_gradients_k": "",
         "moved": "q * left - k * right",
-        "add_left_k": "",
+        "pulled": "q * left",
+        "first_right": "tl.zeros((CHUNK, BK), tl.float32)",
+        "head_left_k": "",
         "beta_of_u": "$beta",
         "beta_of_left_k": "",
     },
     True: {
+        "load_k_read": f"k_read = {_K_READ}",
         "kk": "kk = added(kk, k, tl.trans(k), C, PRECISION)",
         "no_kk": "kk = tl.zeros((CHUNK, CHUNK), tl.float32)",
         "meets": "kk += tl.where(meets, product(near_k, tl.trans(near_k), C, PRECISION), 0.0)",
         "solve": """
-solve = invert(tl.where(o_i[:, None] > o_i[None, :], $weighted_kk$times_beta, 0.0), SOLVE)
+solve = invert(tl.where(o_i[:, None] > o_i[None, :], $weighted_kk$times_beta, 0.0), CHUNK, SOLVE)
 tl.store(p_solve + i_s + o_s, solve.to(C))""",
-        "load_k_read": f"k_read = tl.load(p_k_read + {_CHANNEL}, mask=m_k, other=0.0)",
         "store_k_read": "tl.store(p_k_read + i_x + o_x, (k * rise).to(C), mask=m_k)",
         "update": """
 u = (v - $read_k)$times_beta
-u = product(tl.load(p_solve + i_s + o_s), u, C, PRECISION)""",
+u = solved(tl.load(p_solve + i_s + o_s), u, C, PRECISION)""",
         "keep_u": "tl.store(p_u + (start * H + i_h) * V + (o_i[:, None] * (H * V) + o_v[None, :]), u.to(C), mask=m_v)",
-        "unsolve": "w = product(tl.trans(tl.load(p_solve + i_s + o_s)), w, C, PRECISION)",
+        "unsolve": "w = solved(tl.trans(tl.load(p_solve + i_s + o_s)), w, C, PRECISION)",
         "read_back": "$read_back_k",
         "no_da": "da = tl.zeros((CHUNK, CHUNK), tl.float32)",
         "load_u": "u = tl.load(p_u + (start * H + i_h) * V + (o_i[:, None] * (H * V) + o_v[None, :]), mask=m_v, other=0.0)",
@@ -247,16 +255,42 @@ left_k = added(left_k, da, k, C, PRECISION)
 right = added(product(tl.trans(dp), q, C, PRECISION), tl.trans(da), k, C, PRECISION)""",
         "pair_gradients_k": """
 part = tl.where(meets, da, 0.0)
-left_k += product(part, near_k, C, PRECISION) * near
-right += product(tl.trans(part), near_k, C, PRECISION) * near""",
+row, column = product(part, near_k, C, PRECISION), product(tl.trans(part), near_k, C, PRECISION)
+right += (row + column) * near
+moved += near_k * (row - column)""",
         "moved": "q * left + k * left_k - k * right",
+        "pulled": "q * left + k * left_k",
         "beta_of_u": "",
         "beta_of_left_k": "$beta",
-        "add_left_k": "right += left_k",
+        "first_right": "left_k",
+        "head_left_k": "right += left_k",
         "beta_guard": "beta = tl.where(tl.abs(beta) < TINY, TINY, beta)",
         "update_one": """
 u -= tl.sum(k[:, None] * s, 0)
 $update_one_beta""",
+    },
+}
+
+OUTPUT: Mapping[bool, Parts] = {
+    False: {
+        **dict.fromkeys(("load_q", "store_q_read", "no_qk", "qk", "scale_qk", "store_qk"), ""),
+        **dict.fromkeys(("no_scores", "own_scores", "scores", "store_scores", "output"), ""),
+    },
+    True: {
+        "store_q_read": "tl.store(p_q_read + i_x + o_x, (q * rise).to(C), mask=m_k)",
+        "no_qk": "qk = tl.zeros((CHUNK, CHUNK), tl.float32)",
+        "qk": "qk = added(qk, q, tl.trans(k), C, PRECISION)",
+        "scale_qk": "qk *= scale",
+        "store_qk": "tl.store(p_scores + i_s + o_s, ($weighted_qk).to(C))",
+        "no_scores": "scores = tl.zeros((CHUNK, CHUNK), tl.float32)",
+        "own_scores": """
+own = tl.sum(q.to(tl.float32) * k.to(tl.float32), 1)
+scores += tl.where(o_i[:, None] == o_i[None, :], own[:, None], 0.0)""",
+        "scores": "scores += tl.where(meets, product(q * near, tl.trans(near_k), C, PRECISION), 0.0)",
+        "store_scores": "tl.store(p_scores + i_s + o_s, (scores * scale).to(C))",
+        "output": """
+o = added($read_q * scale, tl.load(p_scores + i_s + o_s), u, C, PRECISION)
+tl.store(p_o + (start * H + i_h) * V + (o_i[:, None] * (H * V) + o_v[None, :]), o.to(p_o.dtype.element_ty), mask=m_v)""",
     },
 }
 
@@ -277,6 +311,6 @@ def parts(traits: Traits) -> dict[str, str]:
     """Every part of a member."""
     chosen = (LENGTHS[traits.packed], DECAY[traits.decay], UPDATE[traits.delta], BETA[traits.beta], STATE[traits.state])
     found = dict(COMMON)
-    for part in (*chosen, KEEP[traits.keep]):
+    for part in (*chosen, KEEP[traits.keep], OUTPUT[traits.output]):
         found |= part
     return found

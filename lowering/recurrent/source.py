@@ -8,13 +8,15 @@ from dataclasses import dataclass
 from functools import cache
 
 from .backward_text import BACK, GRADIENTS, PULLS
-from .forward_text import DECODE, GATES, INSIDE, INVERT, PREPARE, PRODUCT, SCAN, SPAN
+from .forward_text import DECODE, GATES, INSIDE, INVERT, PREPARE, PRODUCT, READS, SCAN, SOLVED, SPAN
 from .parts import parts
 from .traits import Traits
 
-CONSTANTS = ("H", "R", "K", "V", "BK", "BV", "CHUNK", "C", "WIDE", "PRECISION", "SOLVE", "TINY")
+CONSTANTS = ("H", "R", "K", "V", "BK", "BV", "CHUNK", "LEVELS", "SPLIT", "C", "WIDE", "PRECISION", "SOLVE", "TINY")
 NUMBERS = ("t", "chunks", "n_rows", "scale")
-LIBRARY = {"invert": INVERT, "span": SPAN, "added": PRODUCT}  # what a body calls that is no part of it
+LIBRARY = {  # what a body calls that is no part of it
+    **{"solved": SOLVED, "reads": READS, "invert": INVERT, "span": SPAN, "added": PRODUCT},
+}
 NAME = re.compile(r"\$(\w+)")
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from ...ir import Node, ops
 from ...ir.signature import Operand, bind, spread
 from .expr import Expr
-from .index import Index, Modulo, Swapped, side_of
+from .index import Declined, Index, Modulo, Swapped, side_of
 from .pull import FORMS, Puller, Where, form, joined, number, sizes
 
 # -- pointwise ----------------------------------------------------------------------------
@@ -246,6 +246,8 @@ def _reshape(pull: Puller, node: Node, out: int, where: Where) -> Expr:
 @form("rope")
 def _rope(pull: Puller, node: Node, out: int, where: Where) -> Expr:
     a, m, j = node.attrs, pull.pool.make, where[-1]
+    if a["divisors"] or a["far"]:
+        raise Declined("a divisor for each pair is a table, and what a row reaches over a sum, which rope here does not read")
     size = number(sizes(node.operands[0])[-1], "rope")
     width = int(size * a["fraction"])
     step = 2 if a["interleaved"] else math.gcd(width // 2, size)  # places that are turned alike stand together
@@ -258,6 +260,8 @@ def _rope(pull: Puller, node: Node, out: int, where: Where) -> Expr:
     angle = (p, pull.pool.index(pair))
     table = (a["rounded"], width, a["theta"], *a["scaling"])
     cos, sin = m("rope_wave", *angle, params=(1, *table)), m("rope_wave", *angle, params=(0, *table))
+    if a["amplitude"] != 1:
+        cos, sin = (m("mul", y, pull.pool.const(a["amplitude"])) for y in (cos, sin))
     turn = m("where", second, m("neg", sin), sin) if a["inverse"] else m("where", second, sin, m("neg", sin))
     made = m("add", m("mul", x, cos), m("mul", other, turn))
     return made if width == size else m("where", m("ge", pull.pool.index(group), params=(width // step,)), x, made)

@@ -37,7 +37,8 @@ def rope_wave(
         f = f.to(tl.float32).to(tl.float64)
     f = f * 0.15915494309189535
     if FACTOR > 0:
-        blend = tl.minimum(tl.maximum((LENGTH * f - LOW) / (HIGH - LOW), 0.0), 1.0)
+        at = LENGTH * f if LENGTH > 0 else HIGH + LOW - i.to(tl.float64)
+        blend = tl.minimum(tl.maximum((at - LOW) / (HIGH - LOW), 0.0), 1.0)
         f = f * (blend + (1.0 - blend) / FACTOR)
     turns = p.to(tl.float64) * f
     quarters = tl.floor(turns * 4.0 + 0.5)
