@@ -6,9 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..ir import Builder, Graph, Init, TensorType, Value, ops, tensor_type
-from .kinds import Attention, Mla, Moe
-from .layers import build_layer, model_norm
+from .kinds import Moe
+from .kinds_scan import Lru
+from .layer import model_norm
+from .layers import build_layer
+from .layers_shared import adapters, shared_graph, weights_name
 from .parallel import Parallel
+from .shared import Shared
 from .spec import ModelSpec, named_kinds
 
 TASKS = ("logits", "loss")
@@ -38,7 +42,7 @@ def build(spec: ModelSpec, *, task: str = "logits", dtype: str = "", packed: boo
     x = ops.embedding(table, tokens)
     x = ops.scale(x, by=spec.embed_scale) if spec.embed_scale != 1 else x
     shared = {k: v for k, v in given.items() if k != "labels"}
-    if spec.learned_positions or any(isinstance(k, Attention | Mla | Parallel) and k.rope for k in spec.blocks):
+    if spec.learned_positions or any(map(needs_positions, spec.blocks)):
         shared["p"] = ops.positions(tokens, **({"cu": given["cu"]} if packed else {}))
     if spec.learned_positions:
         places = b.param("positions", tensor_type(plan.dtype, spec.max_length, spec.hidden), Init("normal", (spec.init_std,)))
@@ -64,18 +68,33 @@ def _optional(plan: Plan) -> dict[str, TensorType]:
 def _blocks(b: Builder, spec: ModelSpec, plan: Plan, x: Value, shared: dict[str, Value]) -> tuple[Value, list[Value]]:
     """Call the graph of every block in turn; balance losses are collected."""
     layers: dict[Any, Graph] = {}
+    asides: dict[Any, Graph] = {}
+    shared = {**shared, "embedded": x, "aside": x}  # its type: a place's own comes before every call
     losses = list[Value]()
     for name, kind in named_kinds(spec).items():
         title = layer_name(name)
         reads = {n: shared[n].type for n in _reads(kind, plan) if n in shared}
         layers[kind] = build_layer(kind, spec, plan.dtype, reads, title)
+        if isinstance(kind, Shared):
+            asides[kind] = shared_graph(kind, spec, plan.dtype, {n: shared[n].type for n in _shared_reads(kind, plan)})
     for i, kind in enumerate(spec.blocks):
         with b.at(f"layers.{i}"):
-            own = {**shared, "seed": ops.fork_seed(shared["seed"], stream=i)} if plan.training else shared
+            own = {**shared, "seed": ops.fork_seed(shared["seed"], stream=i)} if plan.training else {**shared}
+            if isinstance(kind, Shared):
+                brought = [
+                    *(shared[n] for n in _shared_reads(kind, plan)),
+                    *adapters(b, kind, spec, plan.dtype, f"adapters_{i}"),
+                ]
+                own["aside"] = b.call(asides[kind], x, *brought, params=f"shared.{kind.weights}")  # type: ignore[assignment] # one result
             made = b.call(layers[kind], x, *(own[n] for n in _reads(kind, plan) if n in own), params=f"layers.{i}")
         x, *balance = made if isinstance(made, tuple) else (made,)
         losses += balance
     return x, losses
+
+
+def _shared_reads(kind: Shared, plan: Plan) -> tuple[str, ...]:
+    """What shared weights read beside the layer below."""
+    return ("embedded", *(["p"] if kind.attention.rope else []), *(["cu"] if plan.packed else []))
 
 
 def layer_name(name: str) -> str:
@@ -85,14 +104,24 @@ def layer_name(name: str) -> str:
 
 def ways_of(spec: ModelSpec) -> str:
     """The ways that kinds ask for, by name of their layers, as `place` takes them: `self_attention=ring gdn=chain`."""
-    asked = {layer_name(name): getattr(kind, "cp", "") for name, kind in named_kinds(spec).items()}
+    kinds = named_kinds(spec).items()
+    asked = {layer_name(name): getattr(getattr(kind, "mixer", kind), "cp", "") for name, kind in kinds}
+    asked |= {weights_name(kind): kind.attention.cp for _, kind in kinds if isinstance(kind, Shared)}
     return " ".join(f"{name}={way}" for name, way in asked.items() if way)
+
+
+def needs_positions(kind: Any) -> bool:
+    """Whether a block of this kind reads where tokens stand."""
+    if isinstance(kind, Shared):
+        return needs_positions(kind.attention) or needs_positions(kind.mixer)
+    return isinstance(kind, Lru) or bool(getattr(kind, "rope", None))
 
 
 def _reads(kind: Any, plan: Plan) -> tuple[str, ...]:
     """Which shared values a block of this kind takes."""
     mixes = kind.mixes if isinstance(kind, Parallel) else kind.kind not in ("mlp", "moe")
-    found = ["p"] if isinstance(kind, Attention | Mla | Parallel) and kind.rope else []
+    found = ["aside"] if isinstance(kind, Shared) else []
+    found += ["p"] if needs_positions(kind.mixer if isinstance(kind, Shared) else kind) else []
     return (*found, *(["cu"] if mixes and plan.packed else []), *(["seed"] if plan.training else []))
 
 

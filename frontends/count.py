@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from .kinds import Attention, Gdn, Kda, Mamba2, Mla, Mlp, Moe
+from .kinds_lightning import Lightning
+from .kinds_scan import GatedConv, Lru, Mamba1
 from .parallel import Parallel
 from .sequence import Kind
+from .shared import Shared
 from .spec import ModelSpec
 
 
@@ -16,7 +19,7 @@ def parameter_count(spec: ModelSpec) -> int:
 def active_parameter_count(spec: ModelSpec) -> int:
     """Parameters that one token meets: of the routed experts only its top_k."""
     blocks = (block.model_copy(update={"experts": block.top_k}) if isinstance(block, Moe) else block for block in spec.blocks)
-    routers = sum((b.experts - b.top_k) * (spec.hidden + b.route_bias) for b in spec.blocks if isinstance(b, Moe))
+    routers = sum((b.experts - b.top_k) * _routing(b, spec.hidden) for b in spec.blocks if isinstance(b, Moe))
     return _outside(spec) + sum(block_parameters(block, spec.hidden) for block in blocks) + routers
 
 
@@ -36,21 +39,38 @@ def block_parameters(block: Kind, hidden: int) -> int:
         case Mamba2():
             conv = block.conv_width * (block.conv + block.conv_bias)
             return hidden * (block.in_width + block.inner) + conv + 3 * block.heads + block.inner * block.out_norm
+        case Lightning():
+            return 5 * hidden * block.width + block.width + block.heads
+        case Mamba1():
+            return _mamba1(block, hidden)
+        case GatedConv():
+            conv = block.width * (block.conv + 4 * block.bias) + hidden * block.bias
+            return 4 * hidden * block.width + conv
+        case Lru():
+            gates = 2 * block.width * (block.block + 1)
+            return 3 * hidden * block.width + block.width * (block.conv + 4) + gates + hidden
         case Mlp():
             return _ffn(hidden, block.width, block.glu) + block.bias * ((1 + block.glu) * block.width + hidden)
         case Moe():
             return _moe(block, hidden)
+        case Shared():
+            return block_parameters(block.mixer, hidden) + hidden**2 + _adapters(block, hidden)
         case Parallel():
             return sum(block_parameters(part, hidden) for part in block.parts)
 
 
 def _outside(spec: ModelSpec) -> int:
-    """Embedding, head and norms."""
-    norm = spec.hidden * (2 if spec.norm == "layer" and spec.norm_bias else 1)
+    """Embedding, head, norms, and what blocks share."""
+    norm = _norm(spec)
     apart = sum(len(b.parts) - 1 for b in spec.blocks if isinstance(b, Parallel) and b.own_norms)
-    norms = norm * (len(spec.blocks) * (2 if spec.norm_place == "both" else 1) + 1 + apart)
+    twice = sum((b.norm_place or spec.norm_place) == "both" for b in spec.blocks)
+    norms = norm * (len(spec.blocks) + twice + 1 + apart)
     positions = spec.max_length * spec.hidden * spec.learned_positions
-    return spec.vocab * spec.hidden * (1 if spec.tied else 2) + norms + positions
+    return spec.vocab * spec.hidden * (1 if spec.tied else 2) + norms + positions + _shared_weights(spec)
+
+
+def _norm(spec: ModelSpec) -> int:
+    return spec.hidden * (2 if spec.norm == "layer" and spec.norm_bias else 1) * spec.norm_weight
 
 
 def _attention(block: Attention, hidden: int) -> int:
@@ -61,17 +81,45 @@ def _attention(block: Attention, hidden: int) -> int:
 
 
 def _kda(block: Kda, hidden: int) -> int:
-    projections = hidden * (4 * block.width + block.heads)
-    low_rank = 2 * block.head_dim * (hidden + block.width)
+    projections = hidden * (block.in_width + block.width)
+    low_rank = 0 if block.full_rank else 2 * block.rank * block.width
     # A_log per head, dt_bias per channel, the output norm per head column.
     return projections + low_rank + 3 * block.width * block.conv + block.heads + block.width + block.head_dim
+
+
+def _adapters(block: Shared, hidden: int) -> int:
+    wide = {"attention_w_in": 2 * hidden, "mlp_w_in": hidden}
+    return sum(rank * (len(sizes) * wide[name] + sum(sizes)) for name, (rank, sizes) in block.adapters.items())
+
+
+def _shared_weights(spec: ModelSpec) -> int:
+    """Every set of shared weights, once: attention reads twice the columns."""
+    sets = {block.weights: block for block in spec.blocks if isinstance(block, Shared)}
+    parts = ((block.attention, block.mlp) for block in sets.values())
+    own = sum(block_parameters(part, spec.hidden) for pair in parts for part in pair)
+    norm = _norm(spec)
+    return own + sum(spec.hidden * (b.attention.query_width + 2 * b.attention.kv_width) + 3 * norm for b in sets.values())
+
+
+def _mamba1(block: Mamba1, hidden: int) -> int:
+    projections = 3 * hidden * block.width + block.width * (block.read_width + block.rank)
+    conv = block.width * (block.conv + block.conv_bias)
+    # A_log per state column, dt_bias and D per channel.
+    own = block.width * (block.state + 2) + block.norms * block.read_width
+    return projections + conv + own + block.bias * (2 * block.width + hidden)
 
 
 def _ffn(hidden: int, width: int, glu: bool) -> int:
     return hidden * width * (3 if glu else 2)
 
 
+def _routing(block: Moe, hidden: int) -> int:
+    """What a router has for each expert."""
+    return hidden + block.route_bias + block.router_bias
+
+
 def _moe(block: Moe, hidden: int) -> int:
-    router = block.experts * (hidden + block.route_bias)
+    router = block.experts * _routing(block, hidden)
+    biases = block.experts * block.bias * (block.width * (2 if block.glu else 1) + hidden)
     shared = _ffn(hidden, block.shared_width, block.glu) + block.shared_gate * hidden
-    return router + block.experts * _ffn(hidden, block.width, block.glu) + shared
+    return router + biases + block.experts * _ffn(hidden, block.width, block.glu) + shared

@@ -2,103 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from .problems import explain, refuse
+from .feed import Mlp, Moe
+from .record import (
+    MAX_SIZE,
+    WAY,
+    Act,
+    AttentionWay,
+    Count,
+    Frozen,
+    NotNegative,
+    Positive,
+    RecurrenceWay,
+    Size,
+    Sublayer,
+    at_most,
+    bounded,
+    default_to,
+    divides,
+)  # fmt: skip
+from .rope import Rope, RopeFar, RopeRamp, RopeScaling, divided
 
-MAX_SIZE = 2**31 - 1
-
-Size = Annotated[int, Field(ge=1, le=MAX_SIZE)]
-Count = Annotated[int, Field(ge=0, le=MAX_SIZE)]
-Positive = Annotated[float, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
-AttentionWay = Literal["", "heads", "kv", "ring", "gather"]
-RecurrenceWay = Literal["", "heads", "states", "scan", "chain", "gather"]
-_WAY = "way across ranks that tokens are split over, as `place` names them; what the pass is told when empty"
-Act = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
-
-
-class Frozen(BaseModel):
-    """A frozen record that refuses unknown fields and complains with a SpecError."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-    if not TYPE_CHECKING:  # a checker reads the fields as the signature
-
-        def __init__(self, **fields: Any) -> None:
-            try:
-                self.__pydantic_validator__.validate_python(fields, self_instance=self)
-            except ValidationError as error:
-                problems = explain(error, type(self))
-            else:
-                return
-            refuse(problems, type(self).__name__)
-
-        # Validation of a nested table then stays inside pydantic, which adds the outer path.
-        __init__.__pydantic_base_init__ = True
-
-    def rules(self) -> list[str]:
-        """What is wrong across fields, one line `field: is ...; must ...` each."""
-        return []
-
-    @model_validator(mode="after")
-    def _obey(self) -> Frozen:
-        if lines := self.rules():
-            raise ValueError("\n".join(lines))
-        return self
+__all__ = [
+    "MAX_SIZE", "Act", "Attention", "AttentionWay", "Count", "Frozen", "Gdn", "Kda", "Mamba2", "Mla", "Mlp", "Moe",
+    "NotNegative", "Positive", "RecurrenceWay", "Rope", "RopeFar", "RopeRamp", "RopeScaling",
+    "Size", "Sublayer", "at_most", "bounded", "default_to", "divides",
+]  # fmt: skip
 
 
-def divides(part: str, n: int, whole: str, total: int) -> list[str]:
-    """The rule that one size divides another."""
-    return [] if total % n == 0 else [f"{part}: is {n}; must divide {whole} = {total}"]
-
-
-def bounded(field: str, what: str, width: int) -> list[str]:
-    """The rule that a derived width is a size a tensor can have."""
-    return [] if width <= MAX_SIZE else [f"{field}: makes {what} = {width}; must stay at or below {MAX_SIZE}"]
-
-
-def at_most(field: str, n: float, limit: str, value: float) -> list[str]:
-    """The rule that one field does not exceed another."""
-    return [] if n <= value else [f"{field}: is {n}; must be at most {limit} = {value}"]
-
-
-def default_to(kind: type[BaseModel], fields: object, name: str, source: str) -> object:
-    """Fill an absent field from another, before the fields are checked."""
-    if not isinstance(fields, Mapping) or name in fields:
-        return fields  # pyright: ignore[reportUnknownVariableType]
-    given: dict[str, Any] = dict(fields)  # pyright: ignore[reportUnknownArgumentType]
-    value = given.get(source, kind.model_fields[source].default)
-    # A source that is itself wrong is reported once, under its own name.
-    return {**given, name: value if type(value) is int and 1 <= value <= MAX_SIZE else 1}
-
-
-class RopeScaling(Frozen):
-    """Llama 3 frequency scaling for contexts longer than the original."""
-
-    factor: Positive = Field(description="how much longer the context becomes")
-    low: Positive = Field(default=1.0, description="wavelengths above original / low are stretched in full")
-    high: Positive = Field(default=4.0, description="wavelengths below original / high are kept")
-    original: Size = Field(description="context length before scaling")
-
-    def rules(self) -> list[str]:
-        return [] if self.low < self.high else [f"low: is {self.low}; must be less than high = {self.high}"]
-
-
-class Rope(Frozen):
-    """Rotary position embedding."""
-
-    theta: Positive = Field(default=10000.0, description="base of the frequencies")
-    fraction: float = Field(default=1.0, gt=0, le=1, description="share of each head's columns that is rotated")
-    interleaved: bool = Field(default=False, description="pairs are neighbours (0,1) instead of halves (0,d/2)")
-    scaling: RopeScaling | None = Field(default=None, description="Llama 3 frequency scaling")
-    rounded: bool = Field(default=False, description="frequencies are float32 numbers, as in the tables of published models")
-
-
-class Attention(Frozen):
+class Attention(Sublayer):
     """Softmax attention with grouped key/value heads."""
 
     kind: Literal["attention"] = "attention"
@@ -115,8 +50,9 @@ class Attention(Frozen):
     out_bias: bool = Field(default=False, description="bias on the output projection")
     softcap: NotNegative = Field(default=0.0, description="scores become c tanh(score / c); 0 for none")
     scale: Positive | None = Field(default=None, description="score multiplier; head_dim**-0.5 unless given")
+    clip: NotNegative = Field(default=0.0, description="queries, keys and values are clamped to [-clip, clip]; 0 for none")
     causal: bool = Field(default=True, description="a query sees no later key")
-    cp: AttentionWay = Field(default="", description=_WAY)
+    cp: AttentionWay = Field(default="", description=WAY)
 
     @model_validator(mode="before")
     @classmethod
@@ -131,6 +67,7 @@ class Attention(Frozen):
                 f"rope.fraction: is {self.rope.fraction}, which rotates {self.rotated} of head_dim = {self.head_dim} "
                 "columns; must rotate an even number, at least 2"
             )
+        lines += divided(self.rope, self.rotated)
         if self.qk_norm_whole and not self.qk_norm:
             lines.append("qk_norm_whole: is true; must be false without qk_norm")
         return lines
@@ -166,7 +103,7 @@ class Attention(Frozen):
         return self.head_dim**-0.5 if self.scale is None else self.scale
 
 
-class Mla(Frozen):
+class Mla(Sublayer):
     """Latent attention: keys and values of all heads come from one narrow vector; a part of the keys is shared by all."""
 
     kind: Literal["mla"] = "mla"
@@ -179,13 +116,14 @@ class Mla(Frozen):
     rope: Rope | None = Field(default=None, description="rotary positions; none when absent")
     rank_eps: Positive = Field(default=1e-6, le=1.0, description="epsilon of the norms of these vectors")
     scale: Positive | None = Field(default=None, description="score multiplier; (own_dim + shared_dim)**-0.5 unless given")
-    cp: AttentionWay = Field(default="", description=_WAY)
+    gate: bool = Field(default=False, description="sigmoid gate on every head, projected beside the query")
+    cp: AttentionWay = Field(default="", description=WAY)
 
     def rules(self) -> list[str]:
         lines = bounded("heads", "the keys and values", self.kv_width) + bounded("heads", "the queries", self.query_width)
         if self.rope and (self.rope.fraction != 1 or self.shared_dim % 2):
             lines.append(f"shared_dim: is {self.shared_dim}; rope must rotate all of it (fraction = 1), an even number")
-        return lines + bounded("q_rank", "the input projection", self.in_width)
+        return lines + divided(self.rope, self.shared_dim) + bounded("q_rank", "the input projection", self.in_width)
 
     @property
     def head_dim(self) -> int:
@@ -209,11 +147,11 @@ class Mla(Frozen):
 
     @property
     def in_width(self) -> int:
-        """Columns of the input projection: query or what it comes from | what keys and values come from | shared key."""
-        return (self.q_rank or self.query_width) + self.kv_rank + self.shared_dim
+        """Columns of the input projection: query or what it comes from | what keys and values come from | shared key | gate."""
+        return (self.q_rank or self.query_width) + self.kv_rank + self.shared_dim + self.heads * self.gate
 
 
-class Gdn(Frozen):
+class Gdn(Sublayer):
     """Gated delta net: scalar decay, delta rule, grouped value heads, norm then gate."""
 
     kind: Literal["gdn"] = "gdn"
@@ -223,7 +161,9 @@ class Gdn(Frozen):
     value_dim: Size = Field(description="columns of a value head")
     conv: Size = Field(default=4, le=64, description="taps of the short convolution over q, k and v")
     gate_act: Literal["silu", "sigmoid"] = Field(default="silu", description="activation of the output gate")
-    cp: RecurrenceWay = Field(default="", description=_WAY)
+    beta_scale: Positive = Field(default=1.0, le=2.0, description="what the delta rule's step in (0, 1) is multiplied by")
+    out_eps: Positive | None = Field(default=None, le=1.0, description="epsilon of the output norm; the model's unless given")
+    cp: RecurrenceWay = Field(default="", description=WAY)
 
     def rules(self) -> list[str]:
         lines = divides("key_heads", self.key_heads, "value_heads", self.value_heads)
@@ -250,25 +190,39 @@ class Gdn(Frozen):
         return self.conv_width + self.value_width + 2 * self.value_heads
 
 
-class Kda(Frozen):
-    """Kimi delta attention: decay per key channel and sigmoid output gate, both of rank head_dim."""
+class Kda(Sublayer):
+    """Kimi delta attention: decay per key channel and sigmoid output gate, both of rank head_dim or of full rank."""
 
     kind: Literal["kda"] = "kda"
     heads: Size = Field(description="heads of query, key and value alike")
     head_dim: Size = Field(description="columns of a head, and rank of the decay and output gates")
+    full_rank: bool = Field(default=False, description="the decay and output gates are projected at once")
+    decay_floor: float = Field(
+        default=0.0, le=0, description="decays stay above this, floor * sigmoid(exp(A_log) * step); 0 for no floor"
+    )
     conv: Size = Field(default=4, le=64, description="taps of the short convolutions, one each for q, k and v")
-    cp: RecurrenceWay = Field(default="", description=_WAY)
+    cp: RecurrenceWay = Field(default="", description=WAY)
 
     def rules(self) -> list[str]:
-        return bounded("heads", "3 * heads * head_dim", 3 * self.width)
+        return bounded("heads", "the input projection", self.in_width)
 
     @property
     def width(self) -> int:
         """Columns of the query, the key, the value and both gates."""
         return self.heads * self.head_dim
 
+    @property
+    def rank(self) -> int:
+        """Columns that each gate comes from."""
+        return self.width if self.full_rank else self.head_dim
 
-class Mamba2(Frozen):
+    @property
+    def in_width(self) -> int:
+        """Columns of the input projection: q | k | v | decay | gate | beta."""
+        return 3 * self.width + 2 * self.rank + self.heads
+
+
+class Mamba2(Sublayer):
     """Mamba-2: state space duality with grouped B and C, gate then grouped norm."""
 
     kind: Literal["mamba2"] = "mamba2"
@@ -292,7 +246,7 @@ class Mamba2(Frozen):
     norm_first: bool = Field(default=False, description="that norm stands before the gate")
     a_min: Positive = Field(default=1.0, description="smallest initial decay rate")
     a_max: Positive = Field(default=16.0, description="largest initial decay rate")
-    cp: RecurrenceWay = Field(default="", description=_WAY)
+    cp: RecurrenceWay = Field(default="", description=WAY)
 
     @model_validator(mode="before")
     @classmethod
@@ -325,59 +279,3 @@ class Mamba2(Frozen):
     def in_width(self) -> int:
         """Columns of the input projection: z | x | B | C | dt."""
         return self.inner + self.conv_width + self.heads
-
-
-class Mlp(Frozen):
-    """Dense feed-forward layer, gated or plain."""
-
-    kind: Literal["mlp"] = "mlp"
-    width: Size = Field(description="hidden columns")
-    act: Act = Field(default="silu", description="activation")
-    glu: bool = Field(default=True, description="act(gate) * up instead of act(up)")
-    bias: bool = Field(default=False, description="bias on every projection")
-    gate_scale: float = Field(default=1.0, description="what the gate is multiplied by before its activation")
-
-    def rules(self) -> list[str]:
-        if self.gate_scale != 1 and not self.glu:
-            return [f"gate_scale: is {self.gate_scale}; must be 1 without a gate (glu = false)"]
-        return bounded("width", "2 * width", 2 * self.width) if self.glu else []
-
-
-class Moe(Frozen):
-    """Mixture of experts: a router sends each token to its top_k experts."""
-
-    kind: Literal["moe"] = "moe"
-    experts: Size = Field(description="routed experts")
-    top_k: Size = Field(description="experts per token")
-    width: Size = Field(description="hidden columns of an expert")
-    act: Act = Field(default="silu", description="activation")
-    glu: bool = Field(default=True, description="act(gate) * up instead of act(up)")
-    score: Literal["softmax", "sigmoid"] = Field(default="softmax", description="router scores from router logits")
-    renormalize: bool = Field(default=True, description="the chosen scores are divided by their sum")
-    route_bias: bool = Field(default=False, description="a correction bias joins the choice of experts, not their weights")
-    route_scale: Positive = Field(default=1.0, description="the chosen weights are multiplied by this")
-    groups: Size = Field(default=1, description="groups of experts; a group scores by its best two")
-    group_limit: Size = Field(default=0, description="groups a token may choose from; all of them unless given")
-    shared_width: Count = Field(default=0, description="hidden columns of the always-on shared expert; 0 for none")
-    shared_gate: bool = Field(default=False, description="sigmoid gate per token on the shared expert")
-    aux_loss: NotNegative = Field(default=0.0, description="coefficient of the load-balancing loss")
-    z_loss: NotNegative = Field(default=0.0, description="coefficient of the router z-loss")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _fill(cls, fields: object) -> object:
-        return default_to(cls, fields, "group_limit", "groups")
-
-    def rules(self) -> list[str]:
-        lines = at_most("top_k", self.top_k, "experts", self.experts)
-        lines += divides("groups", self.groups, "experts", self.experts)
-        lines += at_most("group_limit", self.group_limit, "groups", self.groups)
-        if self.groups > 1 and self.experts % self.groups == 0:
-            lines += self._group_rules(self.experts // self.groups)
-        if self.shared_gate and not self.shared_width:
-            lines.append("shared_gate: is true; must be false without a shared expert (shared_width = 0)")
-        return lines + bounded("width", "2 * width", 2 * self.width)
-
-    def _group_rules(self, size: int) -> list[str]:
-        lines = [] if size > 1 else [f"groups: is {self.groups}; must leave at least 2 of {self.experts} experts in a group"]
-        return lines + at_most("top_k", self.top_k, "experts in group_limit groups", self.group_limit * size)

@@ -6,12 +6,12 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from .kinds import Attention, Frozen, Gdn, Kda, Mamba2, Mla, Mlp
+from .kinds import Attention, Gdn, Kda, Mamba2, Mla, Mlp, Sublayer
 
 Part = Attention | Mla | Gdn | Kda | Mamba2 | Mlp
 
 
-class Parallel(Frozen):
+class Parallel(Sublayer):
     """A weighted sum of mixers over one norm, or each over a norm of its own."""
 
     kind: Literal["parallel"] = "parallel"
@@ -23,6 +23,9 @@ class Parallel(Frozen):
         lines = [] if 1 <= len(self.parts) <= 9 else [f"parts: has {len(self.parts)}; must have 1 to 9"]
         if self.scales and len(self.scales) != len(self.parts):
             lines.append(f"scales: has {len(self.scales)}; must have one for each of {len(self.parts)} parts")
+        for i, part in enumerate(self.parts):
+            if part.norm_place or part.skip_scale != 1 or part.add_scale != 1:
+                lines.append(f"parts.{i}: has a norm_place or a scale of its own; the block has them, not its parts")
         return lines
 
     @property

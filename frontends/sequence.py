@@ -10,11 +10,14 @@ from pydantic import Field, ValidationError
 
 from ..ir.errors import SpecError
 from .kinds import Attention, Frozen, Gdn, Kda, Mamba2, Mla, Mlp, Moe
+from .kinds_lightning import Lightning
+from .kinds_scan import GatedConv, Lru, Mamba1
 from .parallel import Parallel
 from .pattern import pattern_names
 from .problems import MAX_PROBLEMS, PLAIN, explain, join, kind_problem, shown, suggest
+from .shared import Shared
 
-Kind = Attention | Gdn | Kda | Mamba2 | Mlp | Moe | Mla | Parallel
+Kind = Attention | Gdn | Kda | Mamba2 | Mlp | Moe | Mla | Parallel | Mamba1 | GatedConv | Lru | Lightning | Shared
 Block = Annotated[Kind, Field(discriminator="kind")]
 
 KINDS: dict[str, type[Kind]] = {
@@ -26,6 +29,11 @@ KINDS: dict[str, type[Kind]] = {
     "moe": Moe,
     "mla": Mla,
     "parallel": Parallel,
+    "mamba1": Mamba1,
+    "gated_conv": GatedConv,
+    "lru": Lru,
+    "lightning": Lightning,
+    "shared": Shared,
 }
 MAX_BLOCKS = 10_000
 WAYS = ("blocks", "pattern", "ratio")

@@ -6,8 +6,11 @@ from collections import Counter
 from typing import Any
 
 from .kinds import Attention, Gdn, Kda, Mamba2, Mla, Mlp, Moe
+from .kinds_lightning import Lightning
+from .kinds_scan import GatedConv, Lru, Mamba1
 from .parallel import Parallel
 from .sequence import Kind
+from .shared import Shared
 from .spec import ModelSpec
 
 
@@ -49,14 +52,23 @@ def _small(block: Kind) -> Kind:
             small = _mla(block)
         case Gdn():
             small = _gdn(block)
-        case Kda():
+        case Kda() | Lightning():
             small = {"heads": min(block.heads, 2), "head_dim": min(block.head_dim, 6)}
         case Mamba2():
             small = _mamba2(block)
+        case Mamba1():
+            small = {"width": min(block.width, 10), "state": min(block.state, 6), "rank": min(block.rank, 3)}
+        case GatedConv():
+            small = {"width": min(block.width, 12)}
+        case Lru():
+            small = {"heads": _two(block.heads), "width": _two(block.heads) * min(block.block, 6)}
         case Mlp():
             small = {"width": min(block.width, 44)}
         case Moe():
             small = _moe(block)
+        case Shared():
+            ranks = {"attention_rank": min(block.attention_rank, 3), "mlp_rank": min(block.mlp_rank, 5)}
+            small = {n: _small(getattr(block, n)) for n in ("attention", "mlp", "mixer")} | ranks
         case Parallel():
             small = {"parts": tuple(_small(part) for part in block.parts)}
     fields: dict[str, Any] = {**_fields(block), **small}

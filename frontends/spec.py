@@ -10,6 +10,7 @@ from pydantic import Field, ValidationError
 from .kinds import Frozen, NotNegative, Positive, Size, bounded
 from .problems import explain, join, refuse, shown
 from .sequence import KEYS, MAX_BLOCKS, Block, Kind, read_sequence
+from .shared import one_shape
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
@@ -24,6 +25,7 @@ class ModelSpec(Frozen):
     stages: tuple[Size, ...] = Field(default=(), strict=False, description="blocks per pipeline stage; none for no borders")
     norm: Literal["rms", "layer"] = Field(default="rms", description="norm before each block and before the head")
     norm_bias: bool = Field(default=True, description="layer norms have a bias")
+    norm_weight: bool = Field(default=True, description="norms of blocks and before the head have a weight")
     norm_place: Literal["before", "after", "both"] = Field(
         default="before", description="x + f(norm(x)), x + norm(f(x)), or both, with a norm of its own on either side"
     )
@@ -46,6 +48,7 @@ class ModelSpec(Frozen):
         lines = bounded("hidden", "2 * hidden", 2 * self.hidden)
         if not 1 <= len(self.blocks) <= MAX_BLOCKS:
             lines.append(f"blocks: has {len(self.blocks)}; must have 1 to {MAX_BLOCKS}")
+        lines += one_shape(self.blocks)
         if self.stages and sum(self.stages) != len(self.blocks):
             total = sum(self.stages)
             lines.append(f"stages: sums to {total}; must sum to the number of blocks = {len(self.blocks)}")

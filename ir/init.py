@@ -50,12 +50,19 @@ def step_bias(shape: tuple[int, ...], rng: torch.Generator, low: float, high: fl
     return step + torch.log(-torch.expm1(-step))
 
 
+def slopes(shape: tuple[int, ...], rng: torch.Generator, scale: float) -> torch.Tensor:
+    """Log decays of heads that fall off geometrically, halved eight times from first to last: linear attention's constants."""
+    n = shape[-1]
+    return (-scale * 2.0 ** (-8.0 * (torch.arange(n) + 1) / n)).expand(shape).clone()
+
+
 RECIPES: dict[str, tuple[Fill, int]] = {  # name -> how it fills, how many numbers it takes
     "normal": (normal, 1),
     "uniform": (uniform, 2),
     "constant": (constant, 1),
     "log_uniform": (log_uniform, 2),
     "step_bias": (step_bias, 3),
+    "slopes": (slopes, 1),
 }
 ONES, ZEROS = Init("constant", (1.0,)), Init("constant", (0.0,))
 

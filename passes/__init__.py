@@ -13,6 +13,7 @@ from .merge import merge_exchanges
 from .outline import Region, convex, inline, inline_kernels, outline, outline_all, region
 from .overlap import overlap
 from .place import place, placement
+from .raise_ops import join_views, raise_families, raise_family, raise_ops
 from .recompute import recompute
 from .registry import NUMERICS, PASSES, Option, Pass, register
 from .remarks import Remark
@@ -30,8 +31,10 @@ DEFAULT = "canonicalize,carry-residual,fuse,outline-rows,dce"
 __all__ = [
     "DEFAULT", "NUMERICS", "PASSES", "Event", "Option", "Pass", "PassFailed", "Pipeline", "Region", "Remark", "Report",
     "Rule", "State", "balance", "cache_states", "canonicalize", "carry_residual", "check_types", "convex", "cse", "dce",
-    "differentiate", "fold_orders", "fuse", "hoist_exchanges", "imbalance", "inline", "inline_kernels", "merge_exchanges",
-    "move_reorders", "outline", "outline_all", "outline_rows", "overlap", "place", "placement", "read_reproducer", "recompute",
+    "differentiate", "fold_orders", "fuse", "hoist_exchanges", "imbalance", "inline", "inline_kernels",
+    "join_views", "merge_exchanges",
+    "move_reorders", "outline", "outline_all", "outline_rows", "overlap", "place", "placement",
+    "raise_families", "raise_family", "raise_ops", "read_reproducer", "recompute",
     "region", "register", "rewrite", "simplify", "split_batch", "split_experts", "split_features", "validate",
     "with_cache",
 ]  # fmt: skip

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ..ir import Builder, Dim, Graph, Node, OpDef, PassError, Replay, TensorType, Value, ops, tensor_type
+from ..ir import Builder, Dim, Graph, Node, OpDef, PassError, Replay, TensorType, Value, ops
+from ..ir.sizes import plus
 from .registry import Outcome, register
 from .remarks import Remark
 
 LENGTH = "m"  # tokens a key or value cache has room for
+PAGES, PAGE, HELD = "pages", "page", "held"  # of a pool, tokens of a page, pages of a row
 KINDS = ("k_cache", "v_cache", "conv_state", "recurrent_state")
-_RECURRENCES = tuple(op.name for op in ops.FAMILY)
+_RECURRENCES = tuple(op.name for op in (*ops.FAMILY, *ops.SCANS))
 _ROLES: dict[str, tuple[str, ...]] = {
     "attention": ("k_cache", "v_cache"),
     "causal_conv1d": ("conv_state",),
@@ -34,18 +36,32 @@ class _Cached:
 
     graph: Graph
     states: tuple[State, ...]
-    reads_at: bool
+    reads: tuple[str, ...]  # which of the entry's own inputs it takes
+
+
+@dataclass(frozen=True)
+class _Style:
+    """How rows are told apart: by one `at`, or each by its own; where keys and values of full attention wait."""
+
+    rows: Dim | None = None
+    paged: bool = False
 
 
 @register(numerics="exact", model=True)
-def with_cache(graph: Graph, *, last: bool = False) -> Outcome:
+def with_cache(graph: Graph, *, last: bool = False, rows: bool = False, paged: bool = False) -> Outcome:
     """The program that continues where it stopped: inputs `at` and every state, states out; `last` keeps the last token alone.
 
     Prefill and decode are this one graph. Inputs are the given ones, `at`, then states; results the given ones, then states
     in the same order. A fresh sequence has at = 0 and zeros everywhere.
+
+    With `rows` each row has its own `at`, packed tokens may go to rows of states (segment r to row r), and the keys of a
+    window wait in a ring of w<window> slots. With `paged` those of full attention wait in a pool of pages: `slots` says where
+    each token's stand (-1: nowhere), `table` which pages each row has.
     """
-    _refuse(graph)
-    made = _Caching(graph, last).run()
+    _refuse(graph, rows or paged)
+    if last and _borders(graph):
+        raise PassError("with-cache: last=true takes the last token of every row, and packed tokens are one row; leave it out")
+    made = _Caching(graph, last, _Style(_rows(graph), paged) if rows or paged else _Style()).run()
     said = [Remark("passed", "with-cache", s.name, f"{s.kind} {s.type}") for s in cache_states(made)]
     return made, tuple(said)
 
@@ -65,7 +81,17 @@ def _kind(name: str) -> str:
     return found
 
 
-def _refuse(graph: Graph) -> None:
+def _borders(graph: Graph) -> Value | None:
+    return next((v for v in graph.inputs if v.name == "cu"), None)
+
+
+def _rows(graph: Graph) -> Dim:
+    """How many rows states have: one for each row of the tokens, or for each packed segment."""
+    cu = _borders(graph)
+    return graph.inputs[0].type.dims[0] if cu is None else Dim(plus(cu.type.dims[0].size, -1))
+
+
+def _refuse(graph: Graph, rows: bool) -> None:
     """Name what cannot be cached, and what to do about it."""
     if any(v.name == "at" for v in graph.inputs):
         raise PassError(f"{graph.name} has an input `at`: it is cached already")
@@ -73,7 +99,7 @@ def _refuse(graph: Graph) -> None:
         raise PassError(f"{graph.name}: {LENGTH} is a size of its inputs already; rename it, a cache's length is called that")
     for part in (graph, *graph.layers):
         for node in part.nodes:
-            if why := _obstacle(node):
+            if why := _obstacle(node) or (_rows_obstacle(node) if rows else _packed(node)):
                 raise PassError(f"with-cache: {node.op.name} at {node.loc or part.name}: {why}")
 
 
@@ -84,8 +110,6 @@ def _obstacle(node: Node) -> str:
     op = node.op
     assert isinstance(op, OpDef)
     given = {o.name for o, v in zip(op.inputs, node.inputs, strict=True) if v is not None}
-    if "cu" in given:
-        return "it is packed (cu); a cache holds one sequence per row, so build without packing"
     if {"state", "at"} & given and node.is_op(*_ROLES, "positions"):
         return "it has a state already"
     if node.is_op("attention") and not node.attrs["causal"]:
@@ -93,13 +117,34 @@ def _obstacle(node: Node) -> str:
     return "it is for training; build without dropout" if node.is_op("dropout") else ""
 
 
+def _packed(node: Node) -> str:
+    given = node.callee is None and any(o.name == "cu" and v for o, v in zip(node.op.inputs, node.inputs, strict=True))  # type: ignore[union-attr] # an op
+    return (
+        "it is packed (cu); one `at` is for rows that are equally long, so build without packing, or say rows=true"
+        if given
+        else ""
+    )
+
+
+def _rows_obstacle(node: Node) -> str:
+    """What attention has that attention to rings has not."""
+    if not node.is_op("attention"):
+        return ""
+    assert isinstance(node.op, OpDef)
+    known = {"causal", "over", "by", "order", *ops.cached_attention.attrs}
+    extra = [k for k, v in node.attrs.items() if k not in known and v != node.op.attrs[k]]
+    own = {o.name for o in ops.cached_attention.inputs}
+    extra += [o.name for o, v in zip(node.op.inputs, node.inputs, strict=True) if v is not None and o.name not in own]
+    return f"it has {', '.join(extra)}, which rows of their own lengths (rows=true) have no form of" if extra else ""
+
+
 class _Caching:
     """Replays the entry with cached layers; state inputs are made as layers ask for them."""
 
-    def __init__(self, graph: Graph, last: bool) -> None:
+    def __init__(self, graph: Graph, last: bool, style: _Style) -> None:
         self.graph, self.head, replay = graph, _head(graph) if last else None, Replay(graph)
-        self.builder, self.env = replay.builder, replay.env
-        self.at = self.builder.input("at", tensor_type("i64"))
+        self.builder, self.env, self.style = replay.builder, replay.env, style
+        self.places = _Places(self.builder, graph, style, [n for g in (graph, *graph.layers) for n in g.nodes])
         self.layers = dict[Graph, _Cached]()
         self.states, self.taken = list[Value](), {v.name for v in (*graph.inputs, *graph.params)}
 
@@ -111,7 +156,7 @@ class _Caching:
     def _emit(self, node: Node) -> Sequence[Value]:
         inputs = [self.env[v] if v is not None else None for v in node.inputs]
         if node.callee is None or node.callee.role != "layer":
-            made, states = _emit_op(self.builder, node, inputs, self.at, lambda role, t: self._state("", role, t))
+            made, states = _emit_op(self.places, node, inputs, lambda role, t: self._state("", role, t))
             self.states += states
             return made
         if node is self.head:
@@ -119,7 +164,7 @@ class _Caching:
         cached = self._layer(node.callee)
         prefix = node.attrs["params"].replace(".", "_")
         given = [self._state(prefix, s.name, s.type) for s in cached.states]
-        extra = [self.at] if cached.reads_at else []
+        extra = [self.places.values[name] for name in cached.reads]
         names = [*(v.name for v in node.outputs), *(v.name for v in given)]
         made = self.builder.emit(cached.graph, [*inputs, *extra, *given], node.attrs, names, node.loc)
         self.states += made[len(node.outputs) :]
@@ -127,7 +172,7 @@ class _Caching:
 
     def _layer(self, layer: Graph) -> _Cached:
         if layer not in self.layers:
-            self.layers[layer] = _cached(layer)
+            self.layers[layer] = _cached(layer, self.graph, self.style)
         return self.layers[layer]
 
     def _state(self, prefix: str, role: str, type_: TensorType) -> Value:
@@ -146,24 +191,59 @@ class _Caching:
         return [ops.last_token(v) if v is not None and v.type.is_float and len(v.type.dims) == 3 else v for v in inputs]
 
 
+class _Places:
+    """The inputs of a graph that say where tokens stand, as far as its nodes read them."""
+
+    def __init__(self, builder: Builder, entry: Graph, style: _Style, nodes: Sequence[Node]) -> None:
+        self.builder, self.style = builder, style
+        tokens, self.values = entry.inputs[0].type, dict[str, Value]()
+        if style.paged and style.rows and any(n.is_op("attention") and not n.attrs["window"] for n in nodes):
+            self.values["slots"] = builder.input("slots", TensorType("i64", tokens.dims))
+            self.values["table"] = builder.input("table", TensorType("i64", (style.rows, Dim(HELD))))
+        if builder.role != "layer" or any(n.is_op("attention", "positions") for n in nodes):
+            rows = (style.rows,) if style.rows else ()
+            self.values["at"] = builder.input("at", TensorType("i64", rows))
+
+    def write(self, node: Node, new: Value, cu: Value | None, make: Callable[[TensorType], Value]) -> tuple[Value, Value]:
+        """The cache that a call's keys or values are written into: what attention reads, and what goes out."""
+        at, rows, window = self.values["at"], self.style.rows, node.attrs["window"]
+        if rows is None:
+            written = ops.cache_write(make(_cache_type(new.type, LENGTH)), new, at)
+        elif window or "slots" not in self.values:
+            ring = _cache_type(new.type, f"w{window}" if window else LENGTH).with_dim(0, rows)
+            written = ops.cached_write(make(ring), new, at, cu=cu)
+        else:
+            pool = _cache_type(new.type, PAGE).with_dim(0, Dim(PAGES))
+            written = ops.page_write(make(pool), new, self.values["slots"])
+            return ops.page_read(written, self.values["table"]), written
+        return written, written
+
+
 def _emit_op(
-    b: Builder, node: Node, inputs: Sequence[Value | None], at: Value | None, make: Callable[[str, TensorType], Value]
+    places: _Places, node: Node, inputs: Sequence[Value | None], make: Callable[[str, TensorType], Value]
 ) -> tuple[Sequence[Value], list[Value]]:
     """Emit one node with the states it needs: its results, and the states that come out."""
-    given, states = list(inputs), list[Value]()
+    given, states, b = list(inputs), list[Value](), places.builder
     b.loc = node.loc
+    rows, names = places.style.rows is not None, [v.name for v in node.outputs]
     if node.is_op("attention"):
-        assert at is not None
+        cu = given[_position(node, "cu")]
         for i, role in zip((1, 2), _ROLES["attention"], strict=True):
             new = given[i]
             assert new is not None
-            given[i] = ops.cache_write(make(role, _cache_type(new.type)), new, at)
-            states.append(given[i])  # type: ignore[arg-type] # just written
+            given[i], out = places.write(node, new, cu, lambda t, role=role: make(role, t))
+            states.append(out)
+        if rows:
+            attrs = {k: v for k, v in node.attrs.items() if k in ops.cached_attention.attrs}
+            return b.emit(ops.cached_attention, [*given[:3], places.values["at"], given[3], cu], attrs, names), states
+    elif node.is_op("positions") and rows:
+        cu = given[_position(node, "cu")]
+        return b.emit(ops.cached_positions, [given[0], places.values["at"], cu], {}, names), states
     elif node.is_op(*_ROLES):
         given[_position(node, "state")] = make(_ROLES[node.op.name][0], node.outputs[1].type)
     if node.is_op("attention", "positions"):
-        given[_position(node, "at")] = at
-    made = b.emit(node.op, given, node.attrs, [v.name for v in node.outputs], node.loc)
+        given[_position(node, "at")] = places.values["at"]
+    made = b.emit(node.op, given, node.attrs, names, node.loc)
     if node.is_op(*_ROLES) and not states:
         states.append(made[1])
     return made, states
@@ -174,16 +254,16 @@ def _position(node: Node, operand: str) -> int:
     return [o.name for o in node.op.inputs].index(operand)
 
 
-def _cache_type(new: TensorType) -> TensorType:
-    """Room for `m` tokens where the new keys have t of them."""
-    return new.with_dim(1, Dim(LENGTH))
+def _cache_type(new: TensorType, room: str) -> TensorType:
+    """Room for so many tokens where the new keys have t of them."""
+    return new.with_dim(1, Dim(room))
 
 
-def _cached(layer: Graph) -> _Cached:
+def _cached(layer: Graph, entry: Graph, style: _Style) -> _Cached:
     """A layer whose states come in behind its inputs and go out behind its results."""
     replay = Replay(layer)
     b, env = replay.builder, replay.env
-    at = b.input("at", tensor_type("i64")) if any(n.is_op("attention", "positions") for n in layer.nodes) else None
+    places = _Places(b, entry, style, layer.nodes)
     found, out = list[State](), list[Value]()
 
     def make(role: str, type_: TensorType) -> Value:
@@ -193,10 +273,10 @@ def _cached(layer: Graph) -> _Cached:
         return b.input(name, type_)
 
     for node in layer.nodes:
-        made, states = _emit_op(b, node, [env[v] if v is not None else None for v in node.inputs], at, make)
+        made, states = _emit_op(places, node, [env[v] if v is not None else None for v in node.inputs], make)
         env.update(zip(node.outputs, made, strict=True))
         out += states
-    return _Cached(b.finish([*(env[v] for v in layer.outputs), *out]), tuple(found), at is not None)
+    return _Cached(b.finish([*(env[v] for v in layer.outputs), *out]), tuple(found), tuple(places.values))
 
 
 def _head(graph: Graph) -> Node:

@@ -35,7 +35,7 @@ def away(graph: Graph) -> frozenset[Value]:
         there = not found.isdisjoint(node.operands)
         if node.is_op("grouped_linear") or (there and not node.is_op("combine")):
             found.update(node.outputs)
-        row = isinstance(node.op, OpDef) and (node.op.row or node.is_op("grouped_linear", "combine"))
+        row = isinstance(node.op, OpDef) and (node.op.row or node.is_op("grouped_linear", "spread_experts", "combine"))
         if (there and not row) or not found.isdisjoint(graph.outputs):
             return frozenset()
     return frozenset(found)
@@ -76,6 +76,15 @@ def _exchanged(walk: Walk, op: OpDef, rows: Value, counts: Value) -> Value:
     return walk.b.emit(op, [here, walk.at(counts)], {"over": walk.split.axis, "by": "exchange"})[0]
 
 
+def shared(walk: Walk, node: Node) -> Sequence[Value] | None:
+    """A vector of each of this rank's experts, for the rows that all ranks have for it."""
+    w, counts, rows = node.operands
+    if rows not in away(walk.graph) or not walk.fresh(w) or not _sent(walk, counts):
+        return None
+    there, own = walk.at(w, walk.split.over(walk.type(w), 0)), _own_counts(walk, counts)
+    return walk.b.emit(node.op, [there, own, walk.at(rows)], node.attrs, [v.name for v in node.outputs], node.loc)
+
+
 def returned(walk: Walk, node: Node) -> Sequence[Value] | None:
     """Rows come back to their tokens before they are added up."""
     rows, order, weights = node.operands
@@ -93,4 +102,4 @@ def _sent(walk: Walk, counts: Value) -> bool:
     return any(v is counts for v, _ in walk.copies)
 
 
-RULES: Mapping[str, Rule] = {**BATCH, "grouped_linear": expert, "combine": returned}
+RULES: Mapping[str, Rule] = {**BATCH, "grouped_linear": expert, "spread_experts": shared, "combine": returned}

@@ -176,5 +176,12 @@ def _roots(graph: Graph, fusion: FlowFusion, root: Node) -> list[Value]:
     assert isinstance(op, OpDef)
     named = zip(op.inputs, root.inputs, strict=True)
     values: Sequence[Value] = [v for o, v in named if v is not None and o.name in fusion.operands]
-    makers = [(v, graph.makers.get(v)) for v in values]
-    return [m.operands[1] if m is not None and m.is_op("cache_write") else v for v, m in makers]
+    return [_written(graph, v) for v in values]
+
+
+def _written(graph: Graph, value: Value) -> Value:
+    """What went into the cache that this is read from, or the value itself."""
+    maker = graph.makers.get(value)
+    if maker is not None and maker.is_op("page_read"):
+        maker = graph.makers.get(maker.operands[0])
+    return maker.operands[1] if maker is not None and maker.is_op("cache_write", "cached_write", "page_write") else value

@@ -11,6 +11,7 @@ from ..ir import Graph, Node, OpDef, PlacementError, TensorType, TypeMismatch, V
 from .splitting import Split, Types
 
 FAMILY = frozenset(op.name for op in ops.FAMILY)
+SCANS = frozenset(op.name for op in ops.SCANS)
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,8 @@ def _undivided(site: Site, letter: str) -> str:
 def repeats(site: Site) -> int:
     """How often each key head must stand there so that ranks divide the heads; 0 where they do not even then."""
     bound = site.op.bind(site.types, site.node.attrs)
+    if "g" not in bound.size:
+        return 1
     g, r, uses = bound.size["g"], bound.size.get("r", 1), bound.uses["g"]
     axes = tuple(a for u in uses for a in u.dim.axes)
     if site.split.divides(g, axes):
@@ -252,9 +255,10 @@ def _everywhere(site: Site, letter: str) -> str:
 
 REMEDIES = (
     Remedy("heads", FAMILY | ATTENTION, "g", "each rank has whole sequences of some heads", _heads),
+    Remedy("heads", SCANS, "c", "each rank has whole sequences of some channels", _undivided),
     Remedy("kv", ATTENTION, "", "each rank has all keys and values for its own queries", _uncrossed("kv"), "kv"),
     Remedy("ring", ATTENTION, "", "keys and values pass from rank to rank, queries stay", _uncrossed("ring"), "ring"),
-    *(Remedy(name, FAMILY, "", about, _uncrossed(name), name) for name, about in _RELAY.items()),
+    *(Remedy(name, FAMILY | SCANS, "", about, _uncrossed(name), name) for name, about in _RELAY.items()),
     Remedy("sections", CONV, "c", "channels travel once, with the heads that they become", _sections),
     Remedy("halo", CONV, "", "each rank gets the last tokens before its own", _halo, "halo"),
     Remedy("channels", CONV, "c", "each rank has whole sequences of some channels", _channels),
@@ -262,7 +266,7 @@ REMEDIES = (
     Remedy("here", PLACES, "", "each rank knows where its own tokens stand", _uncrossed("here"), "here"),
     Remedy("gather", frozenset(), "", "each rank has all tokens and does all the work", _everywhere),
 )
-MIXING = FAMILY | ATTENTION | CONV
+MIXING = FAMILY | SCANS | ATTENTION | CONV
 ATTENTION_WAYS = ("heads", "kv", "ring", "gather")
 RECURRENCE_WAYS = ("heads", "states", "scan", "chain", "gather")
 # What is tried where the wanted way is not legal.
@@ -273,7 +277,7 @@ def choices(op: OpDef, wanted: Wanted) -> list[Remedy]:
     """The remedies of an op in order of preference; a conv goes as the recurrences do."""
     way = wanted.attention if op.name in ATTENTION else wanted.recurrence
     serving = {r.name: r for r in REMEDIES if r.serves(op)}
-    if op.name in ATTENTION | FAMILY:
+    if op.name in ATTENTION | FAMILY | SCANS:
         rest = () if wanted.forced else (*_ELSE.get(way, ()), "gather")
         return [serving[name] for name in (way, *rest) if name in serving]
     if op.name in CONV and way == "gather":

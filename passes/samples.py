@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..ir import Dim, Graph, Init, Node, TensorType, Value, fill, ops, parameters
+from ..ir import DTYPES, Dim, Graph, Init, Node, TensorType, Value, fill, ops, parameters
 from ..ir.orders import multiple
 from ..ir.sizes import value as size_value
 from .verify import reached
@@ -45,6 +45,15 @@ def draw(graph: Graph, also: Sequence[Graph] = (), seed: int = 0) -> Sample:
 def is_borders(graph: Graph, value: Value) -> bool:
     """Whether an input is the borders of packed segments."""
     return any(name == "cu" for _, name in readers(graph, value))
+
+
+def added(graph: Graph, value: Value, sample: Sample) -> Tensor:
+    """An input that a pass adds, as a program starts: zeros, and a page for each row where there are pages."""
+    made = torch.zeros(shape(value.type, sample.sizes), dtype=DTYPES[value.type.dtype])
+    name = next((name for node, name in readers(graph, value) if node.is_op("page_write", "page_read")), "")
+    if name == "slots":
+        return torch.arange(made.numel()).view(made.shape)
+    return torch.cat([torch.arange(len(made))[:, None], made[:, 1:] - 1], 1) if name == "table" else made
 
 
 def _stepped(tensor: Tensor, step: int) -> Tensor:
@@ -120,12 +129,17 @@ def _integers(node: Node, name: str, wanted: tuple[int, ...], sizes: Mapping[str
             return _borders(wanted[0], _tokens_of(node, sizes))
         case _, "at":
             return torch.zeros(wanted, dtype=torch.int64)
+        case "page_write", "slots":
+            room, count = _size(node, 0, 0, sizes) * _size(node, 0, 1, sizes), math.prod(wanted)
+            return torch.cat([torch.randperm(room, generator=rng), torch.full((count,), -1)])[:count].view(wanted)
+        case "page_read", "table":
+            return torch.randint(0, _size(node, 0, 0, sizes), wanted, generator=rng)
         case "rope", "p":
             return torch.arange(wanted[1]).expand(wanted).contiguous()
         case "dispatch" | "load_balance_loss", "experts":
             bound = node.attrs.get("e") or _size(node, 0, -1, sizes)
             return torch.randint(0, bound, wanted, generator=rng)
-        case "grouped_linear" | "grouped_outer", "counts":
+        case "grouped_linear" | "grouped_outer" | "sum_experts", "counts":
             rows = _size(node, 0, 0, sizes)
             return torch.bincount(torch.randint(0, wanted[0], (rows,), generator=rng), minlength=wanted[0])
         case "combine" | "take_rows" | "sum_rows", "order":

@@ -27,7 +27,7 @@ from ..ir import (
 )
 from ..ir.orders import parse_order
 from .registry import NUMERICS
-from .samples import Sample, draw, is_borders, shape
+from .samples import Sample, added, draw, is_borders
 from .verify import reached
 
 Tensor = torch.Tensor
@@ -217,14 +217,10 @@ def _cotangents(results: Sequence[Tensor]) -> list[Tensor]:
 def _results(graph: Graph, leaves: Mapping[str, Tensor], sample: Sample, mesh: Mesh) -> list[Tensor]:
     """Results in natural token order, whatever order the types of inputs and results are in."""
     cu = next((leaves[v.name] for v in graph.inputs if is_borders(graph, v) and v.name in leaves), None)
-    inputs = [arranged(leaves[v.name], v.type, cu) if v.name in leaves else _zeros(v.type, sample) for v in graph.inputs]
+    inputs = [arranged(leaves[v.name], v.type, cu) if v.name in leaves else added(graph, v, sample) for v in graph.inputs]
     out = simulate(graph, mesh, *inputs, params=leaves) if mesh.axes else evaluate(graph, *inputs, params=leaves)
     found: tuple[Tensor, ...] = out if isinstance(out, tuple) else (out,)
     return [natural(t, v.type, cu) for t, v in zip(found, graph.outputs, strict=True)]
-
-
-def _zeros(type_: TensorType, sample: Sample) -> Tensor:
-    return torch.zeros(shape(type_, sample.sizes), dtype=DTYPES[type_.dtype])
 
 
 def _gradients(results: Sequence[Tensor], cotangents: Sequence[Tensor], leaves: Mapping[str, Tensor]) -> _Run:

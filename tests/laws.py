@@ -34,8 +34,12 @@ LOCAL = [o for o in OPS.values() if o not in (*COLLECTIVES, *UNDER_WAY)]
 VARIANTS: dict[str, list[dict[str, Any]]] = {  # attributes whose other values take another path
     "rms_norm": [{"zero_centered": True}, {"groups": 3}], "layer_norm": [{"zero_centered": True}],
     "gelu": [{"approximate": "tanh"}], "spread_rows": [{"mean": True}], "attention": [{"causal": False}],
-    "rope": [{"fraction": 1.0, "inverse": True}, {"scaling": (8.0, 1.0, 4.0, 8192.0)}, {"interleaved": False}],
-    "route": [{"score": "sigmoid", "renormalize": False, "groups": 1, "scale": 2.5}], "causal_conv1d": [{"act": "none"}],
+    "rope": [
+        {"fraction": 1.0, "inverse": True}, {"scaling": (8.0, 1.0, 4.0, 8192.0)}, {"interleaved": False},
+        {"scaling": (8.0, 0.0, 1.5, 0.0), "amplitude": 1.3}, {"divisors": (1.5, 4.0), "rounded": True, "far": (5.0, 2.0, 3.0)},
+    ],
+    "route": [{"score": "sigmoid", "renormalize": False, "groups": 1, "scale": 2.5}, {"group_best": 1}],
+    "causal_conv1d": [{"act": "none"}],
     "load_balance_loss": [{"score": "sigmoid"}], "linear_cross_entropy": [{"softcap": 3.0}],
     "reshape": [{"pattern": "b t d -> b (t d)"}, {"pattern": "... d -> d ..."}, {"pattern": "... (h d=2) -> ... d h"}],
 }  # fmt: skip
@@ -89,7 +93,7 @@ def _parts_runs(op: OpDef, xs: Operands, absent: tuple[int, ...]) -> bool:
     """A state has one entry per run of `cu`; without `cu` it would need one per row."""
     present = {o.name for i, (o, x) in enumerate(zip(op.inputs, xs, strict=True)) if x is not None and i not in absent}
     cut = any(o.name == "cu" and i in absent for i, o in enumerate(op.inputs))
-    return bool(op.same) and cut and bool({"state", "final", "d_final"} & present)
+    return bool(op.same) and cut and bool({"state", "final", "d_final", "at"} & present)
 
 
 def graph_of(op: OpDef, types: list[TensorType | None], attrs: dict[str, Any]) -> Graph:

@@ -112,7 +112,7 @@ def qkv(x: f32[b, s, 2*W+W//4], w: f32[W//4], p: i64[b, s]):
     m = rms_norm(i, w, zero_centered=True)
     n = rms_norm(j, w)
     o = rope(m, p, fraction=0.5)
-    r = rope(n, p, interleaved=True)
+    r = rope(n, p, interleaved=True, scaling=(8.0, 1.0, 5.0, 0.0), amplitude=1.25)
     t = rope(i, p, fraction=0.5, scaling=(8.0, 1.0, 4.0, 64.0), inverse=True)
     return o, g, r, t
 """

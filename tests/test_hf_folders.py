@@ -79,7 +79,7 @@ MISTAKES: list[tuple[Change, tuple[str, ...]]] = [
     (lambda f: edit(f, hidden_act="mish"), ("hidden_act: is 'mish'",)),
     (lambda f: edit(f, alibi=True, clip_qkv=8.0), ("alibi: is True", "clip_qkv: is 8.0", "not honoured for llama")),
     (lambda f: edit(f, quantization_config={"bits": 4}), ("quantization_config", "not honoured")),
-    (lambda f: edit(f, rope_scaling={"type": "yarn", "factor": 2.0}), ("rope_type is 'yarn'",)),
+    (lambda f: edit(f, rope_scaling={"type": "ntk", "factor": 2.0}), ("rope_type is 'ntk'",)),
     (lambda f: edit(f, rope_parameters={"rope_type": "default", "mscale": 2.0}), ("mscale is 2.0",)),
     (lambda f: edit(f, dtype="int8"), ("dtype: is 'int8'",)),
     (lambda f: (f / "config.json").write_text('{"model_type": "llama", "model_type": "gpt2"}'), ("given twice",)),

@@ -38,7 +38,7 @@ EVERY_OP = pytest.mark.parametrize("op", LOCAL, ids=lambda o: o.name)
 INDEXED = {  # dims whose places other numbers name; tokens never stand there, or two ops undo each other
     "drop_at": "d", "head_parts": "v", "send_rows": "n e", "return_rows": "n e",
     "rope": "d", "route": "e k", "rms_norm": "d", "dispatch": "...0 ...1 k", "combine": "n ...0 ...1 k",
-    "grouped_linear": "n e", "embedding": "v",
+    "grouped_linear": "n e", "embedding": "v", "spread_experts": "n e", "sum_experts": "n e",
     "weigh_rows": "n ...0 ...1 k", "weight_products": "n ...0 ...1 k",
     "cross_entropy": "v", "sum_rows": "n ...0 ...1 k", "take_rows": "n ...0 ...1 k", "grouped_outer": "n e",
     "conv1d_taps": "k", "anticausal_conv1d": "k", "linear_cross_entropy": "v", "load_balance_loss": "e k", "causal_conv1d": "k",

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...ir.errors import SpecError
-from ..kinds import MAX_SIZE, Rope, RopeScaling
+from ..kinds import MAX_SIZE
 from ..problems import refuse, shown, suggest
 
 DTYPES = {"bfloat16": "bf16", "float16": "f16", "float32": "f32", "float64": "f64"}
@@ -111,27 +111,3 @@ class Config:
         refuse([*self.problems, *unread], "config.json")
         if self.notes:
             warnings.warn(f"config.json: {'; '.join(self.notes)}", stacklevel=2)
-
-
-def read_rope(c: Config, theta: float = 10000.0, fraction: float = 1.0) -> Rope:
-    """Rotary positions, as new configs (rope_parameters) or old ones (rope_theta, rope_scaling) say them."""
-    outer: Any = c.get("rope_parameters", {})
-    older: Any = c.get("rope_scaling", {})
-    if not isinstance(outer, dict) or not isinstance(older, dict):
-        raise SpecError("config.json: rope_parameters and rope_scaling: must be tables")
-    inner = Config({**older, **outer})
-    theta, fraction = c.number("rope_theta", theta), c.number("partial_rotary_factor", fraction)
-    theta, fraction = inner.number("rope_theta", theta), inner.number("partial_rotary_factor", fraction)
-    kind = inner.get("rope_type", inner.get("type", "default"))
-    scaling = None
-    if kind == "llama3":
-        original = inner.size("original_max_position_embeddings", c.fields.get("max_position_embeddings"))
-        low, high = inner.number("low_freq_factor", 1.0), inner.number("high_freq_factor", 4.0)
-        scaling = RopeScaling(factor=inner.number("factor", 1.0), low=low, high=high, original=original)
-    elif kind != "default":
-        c.problems.append(f"rope_parameters: rope_type is {shown(kind)}; default or llama3 is what is supported")
-    for name in ("type", "rope_type"):
-        inner.idle(name)
-    c.problems += [f"rope_parameters: {n} is {shown(v)}, which is not honoured" for n, v in inner.fields.items()
-                   if n not in inner.used and v is not None and kind in ("default", "llama3")]  # fmt: skip
-    return Rope(theta=theta, fraction=fraction, scaling=scaling, rounded=True)

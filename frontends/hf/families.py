@@ -7,7 +7,24 @@ from typing import Any
 
 from ...ir.errors import SpecError
 from ..problems import shown, suggest
-from . import decoders, hybrids, latent, mixtures, parallels, variants
+from . import (
+    bailing,
+    decoders,
+    gated_conv,
+    gemma3,
+    gptoss,
+    griffin,
+    hybrids,
+    latent,
+    minimax,
+    mixtures,
+    olmo,
+    parallels,
+    qwen35,
+    selective,
+    shared_blocks,
+    variants,
+)
 from .config import Config
 from .plan import Plan
 
@@ -19,6 +36,10 @@ FAMILIES: dict[str, Callable[[Config], Plan]] = {
         hybrids.qwen3_next, hybrids.mamba2, hybrids.nemotron_h, hybrids.granitemoehybrid, latent.deepseek_v3,
         latent.kimi_linear, parallels.falcon_h1, variants.gpt_neox, variants.starcoder2, variants.cohere, variants.cohere2,
         variants.smollm3, variants.gemma3_text, variants.glm4, variants.granitemoe,
+        selective.bamba, selective.jamba, selective.mamba, gated_conv.lfm2, griffin.recurrent_gemma,
+        shared_blocks.zamba2,
+        qwen35.qwen3_5, qwen35.qwen3_5_text, qwen35.qwen3_5_moe, qwen35.qwen3_5_moe_text,
+        gptoss.gpt_oss, olmo.olmo, olmo.olmo_hybrid, latent.deepseek_v2, gemma3.gemma3, minimax.minimax, bailing.bailing_hybrid,
     )
 }  # fmt: skip
 

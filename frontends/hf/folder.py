@@ -33,7 +33,7 @@ def is_folder(path: object) -> bool:
 
 def read_config(path: str | Path) -> dict[str, Any]:
     """The fields of a folder's config.json."""
-    found = _json(inside(Path(path), CONFIG), MAX_CONFIG)
+    found = read_json(inside(Path(path), CONFIG), MAX_CONFIG)
     if not isinstance(found, dict):
         raise SpecError(f"{CONFIG}: is {shown(found)}; must be an object")
     return found  # pyright: ignore[reportUnknownVariableType]
@@ -71,7 +71,7 @@ def inside(folder: Path, name: str) -> Path:
 
 def _sharded(folder: Path) -> dict[str, Entry]:
     """The tensors of every shard, exactly those that the index names."""
-    index = _json(inside(folder, INDEX), MAX_INDEX)
+    index = read_json(inside(folder, INDEX), MAX_INDEX)
     places: Any = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
         raise CheckpointError(f"{folder / INDEX}: must have a weight_map from tensor names to file names")
@@ -87,7 +87,7 @@ def _sharded(folder: Path) -> dict[str, Entry]:
     return entries
 
 
-def _json(path: Path, most: int) -> Any:
+def read_json(path: Path, most: int) -> Any:
     """A JSON file; Infinity may be said, by a number's own name or as {"__float__": "Infinity"}."""
 
     def constant(word: str) -> float:

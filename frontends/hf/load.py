@@ -44,6 +44,9 @@ def named(entries: Mapping[str, Entry], plan: Plan) -> dict[str, Entry]:
 
 def full_name(name: str, plan: Plan, names: Iterable[str]) -> str:
     """The canonical name of a tensor in a file with these names."""
+    for other, own in plan.renamed:
+        if name.startswith(other):
+            return own + name.removeprefix(other)
     if name.startswith("lm_head.") or any(n.startswith(plan.prefix) for n in names):
         return name
     return plan.prefix + name.removeprefix(plan.other_prefix)

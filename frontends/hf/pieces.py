@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from ..kinds import Attention, Mamba2, Mlp, Moe
-from .config import Config, read_rope
+from .config import Config
+from .ropes import read_rope
 
 FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"
 # A spec's numbers are finite; no time step comes near this.
@@ -24,11 +25,12 @@ def read_attention(c: Config, *, rope: bool = True, theta: float = 10000.0, frac
     """Grouped heads and their positions; `more` are what the family adds."""
     heads = c.size("num_attention_heads")
     c.training("attention_dropout")
+    head_dim = c.size("head_dim", c.size("hidden_size") // heads)
     return Attention(
         heads=heads,
         kv_heads=c.size("num_key_value_heads", heads),
-        head_dim=c.size("head_dim", c.size("hidden_size") // heads),
-        rope=read_rope(c, theta, fraction) if rope else None,
+        head_dim=head_dim,
+        rope=read_rope(c, theta, fraction, width=head_dim) if rope else None,
         **more,
     )
 

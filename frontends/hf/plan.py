@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ...ir import parameters
@@ -11,9 +11,10 @@ from ...ir.sizes import value
 from ..build import build
 from ..parallel import Parallel, prefix
 from ..sequence import Kind
+from ..shared import Shared
 from ..spec import ModelSpec, spec_of
 from .config import Config
-from .rules import Known, Rule, check_bijection, read_rules
+from .rules import Known, Rule, check_bijection, made_rule, read_rules
 
 
 @dataclass(frozen=True)
@@ -24,10 +25,11 @@ class Placed:
     source: str
     table: str
     parts: tuple[str, ...] = ()  # the tables of mixers side by side
+    made: tuple[tuple[str, tuple[float, ...]], ...] = ()  # parameters that follow from the config, and no file has
 
     @property
     def mixers(self) -> tuple[Kind, ...]:
-        return self.kind.parts if isinstance(self.kind, Parallel) else ()
+        return self.kind.parts if isinstance(self.kind, Parallel | Shared) else ()
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,8 @@ class Plan:
     prefix: str = "model."  # of every tensor but the head; files of a bare model leave it out
     other_prefix: str = "model."  # which some files have in its place
     derived: tuple[str, ...] = ()  # patterns of tensors that say nothing: tables the model makes itself
+    renamed: tuple[tuple[str, str], ...] = ()  # prefixes that some files have, and what stands here for them
+    config: Mapping[str, Any] = field(default_factory=dict[str, Any])  # what is written, where not what was read
 
 
 def make_plan(
@@ -73,6 +77,7 @@ def map_of(plan: Plan, names: Iterable[str] = ()) -> tuple[Rule, ...]:
     own, known = sizes_of(plan.spec), Known(shapes, frozenset(names))
     rules = list(read_rules(plan.outside, own, known))
     for i, block in enumerate(plan.blocks):
+        rules += [made_rule(f"layers.{i}.{name}", numbers) for name, numbers in block.made]
         rules += read_rules(block.table, {**own, **sizes_of(block.kind)}, known, f"layers.{i}.", block.source)
         for j, (part, table) in enumerate(zip(block.mixers, block.parts, strict=True)):
             rules += read_rules(table, {**own, **sizes_of(part)}, known, f"layers.{i}.{prefix(j)}", block.source)

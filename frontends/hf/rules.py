@@ -3,9 +3,10 @@
     w_in = self_attn.q_proj.weight[query_width hidden] self_attn.k_proj.weight[kv_width hidden] ...
 
 A line names a parameter and the tensors whose rows stand behind one another in it, with their shapes in sizes of the spec.
-`.T` behind a shape is a matrix stored transposed; `{heads: head_dim head_dim}` are rows that come head by head, two sections
-in each, and stand section by section in the parameter. A name with `{e}` is there once for every expert. Where a parameter
-has several lines, files differ: the line counts whose tensors a file has, and the first where weights are written.
+`.T` behind a shape is a matrix stored transposed, `.V` a vector of rows for each expert; `{heads: head_dim head_dim}` are rows
+that come head by head, two sections in each, and stand section by section in the parameter. A name with `{e}` is there once
+for every expert. Where a parameter has several lines, files differ: the line counts whose tensors a file has, and the first
+where weights are written.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ import torch
 from ...ir.errors import CheckpointError
 
 Tensor = torch.Tensor
-_SOURCE = re.compile(r"(?P<name>[\w.{}]+?)\[(?P<shape>[^\]]*)\](?P<turn>\.T)?(?:\{(?P<groups>[^:}]+):(?P<widths>[^}]+)\})?\s*")
+_SOURCE = re.compile(
+    r"(?P<name>[\w.{}]+?)\[(?P<shape>[^\]]*)\](?P<turn>\.[TV])?(?:\{(?P<groups>[^:}]+):(?P<widths>[^}]+)\})?\s*"
+)
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,7 @@ class Part:
     name: str
     shape: tuple[int, ...]
     transposed: bool = False
+    vectors: bool = False
     groups: int = 1
     widths: tuple[int, ...] = ()
 
@@ -38,12 +42,19 @@ class Part:
         x = stored.mT if self.transposed else stored
         if not self.widths:
             return x
+        x = x.unsqueeze(-1) if self.vectors else x
+        made = self._by_section(x)
+        return made.squeeze(-1) if self.vectors else made
+
+    def _by_section(self, x: Tensor) -> Tensor:
+        """Rows that came group by group."""
         sections = x.unflatten(_row_dim(x), (self.groups, -1)).split(self.widths, _row_dim(x) + 1)
         return torch.cat([s.flatten(_row_dim(x), _row_dim(x) + 1) for s in sections], _row_dim(x))
 
     def stored(self, rows: Tensor) -> Tensor:
         """What `rows` undoes."""
         if self.widths:
+            rows = rows.unsqueeze(-1) if self.vectors else rows
             at = _row_dim(rows)
             sections = rows.split([self.groups * w for w in self.widths], at)
             rows = torch.cat([s.unflatten(at, (self.groups, -1)) for s in sections], at + 1).flatten(at, at + 1)
@@ -61,6 +72,7 @@ class Rule:
     target: str
     shape: tuple[int, ...]
     parts: tuple[Part, ...]
+    made: tuple[float, ...] = ()  # its numbers, where no tensor has them
 
     @property
     def dim(self) -> int:
@@ -69,16 +81,25 @@ class Rule:
 
     def assemble(self, take: Callable[[str], Tensor]) -> Tensor:
         """The parameter, out of the file's tensors."""
+        if self.made:
+            return torch.tensor(self.made, dtype=torch.float64)
         made = [part.rows(take(part.name)) for part in self.parts]
         return (made[0] if len(made) == 1 else torch.cat(made, self.dim)).reshape(self.shape)
 
     def take_apart(self, parameter: Tensor) -> dict[str, Tensor]:
         """The file's tensors, out of the parameter."""
+        if not self.parts:
+            return {}
         shapes = [part.row_shape for part in self.parts]
         whole = [*shapes[0]]
         whole[self.dim] = sum(s[self.dim] for s in shapes)
         pieces = parameter.reshape(whole).split([s[self.dim] for s in shapes], self.dim)
         return {part.name: part.stored(piece) for part, piece in zip(self.parts, pieces, strict=True)}
+
+
+def made_rule(target: str, numbers: tuple[float, ...]) -> Rule:
+    """A vector that follows from the config."""
+    return Rule(target, (len(numbers),), (), numbers)
 
 
 def _row_dim(x: Tensor) -> int:
@@ -115,7 +136,8 @@ def _parts(text: str, sizes: Mapping[str, int], prefix: str) -> Iterator[Part]:
             shape = tuple(size(word, sizes) for word in m["shape"].split())
             widths = tuple(size(word, sizes) for word in (m["widths"] or "").split())
             groups = size(m["groups"], sizes) if m["groups"] else 1
-            yield Part(prefix + m["name"].replace("{e}", str(e)), shape, bool(m["turn"]), groups, widths)
+            name = prefix + m["name"].replace("{e}", str(e))
+            yield Part(name, shape, m["turn"] == ".T", m["turn"] == ".V", groups, widths)
 
 
 def size(text: str, sizes: Mapping[str, int]) -> int:
@@ -135,7 +157,7 @@ def _checked(rule: Rule) -> Rule:
     """A table that is itself wrong is our mistake, found when any model of the family is read."""
     have, want = sum(math.prod(p.shape) for p in rule.parts), math.prod(rule.shape)
     for part in rule.parts:
-        rows = part.row_shape[max(0, len(part.shape) - 2)]
+        rows = part.row_shape[-1 if part.vectors else max(0, len(part.shape) - 2)]
         if part.widths and part.groups * sum(part.widths) != rows:
             raise CheckpointError(f"{part.name} has {rows} rows, which {part.groups} groups of {part.widths} do not make up")
     if have != want:

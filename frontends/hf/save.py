@@ -15,9 +15,10 @@ from safetensors.torch import save_file
 from ...ir.errors import CheckpointError
 from .config import DTYPES
 from .families import read_plan
-from .folder import CONFIG, INDEX, SINGLE
+from .folder import CONFIG, INDEX, SINGLE, inside
 from .load import full_name
 from .plan import map_of
+from .text import BESIDE
 
 Tensor = torch.Tensor
 SHARD = 5 * 10**9  # bytes of one file
@@ -43,10 +44,16 @@ def hf_names(config: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
     return {rule.target: tuple(part.name for part in rule.parts) for rule in map_of(read_plan(config))}
 
 
-def write_folder(folder: Path, config: Mapping[str, Any], parameters: Mapping[str, Tensor], shard: int = SHARD) -> None:
-    """config.json and safetensors in a new folder. Raises CheckpointError where something is already, or writing fails."""
+def write_folder(
+    folder: Path, config: Mapping[str, Any], parameters: Mapping[str, Tensor], shard: int = SHARD, like: Path | None = None
+) -> None:
+    """config.json and safetensors in a new folder, and what the folder `like` has of a tokenizer.
+
+    Raises CheckpointError where something is already, or writing fails.
+    """
     if folder.is_symlink() or (folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))):
         raise CheckpointError(f"{folder}: is there already; a model is written to a new or an empty folder")
+    config = read_plan(config).config or config
     wanted = set(hf_names(config))
     if wanted != set(parameters):
         apart = sorted(wanted ^ set(parameters))[:8]
@@ -58,12 +65,20 @@ def write_folder(folder: Path, config: Mapping[str, Any], parameters: Mapping[st
         raise CheckpointError(f"{folder}: cannot be written: {error.strerror or error}") from None
     try:
         _write(beside, config, parameters, shard)
+        _copy(like, beside)
         beside.chmod(0o755)
         beside.replace(folder)
     except OSError as error:
         raise CheckpointError(f"{folder}: cannot be written: {error.strerror or error}") from None
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def _copy(like: Path | None, folder: Path) -> None:
+    """What stands beside the weights there, a tokenizer's files, stands beside them here."""
+    for name in BESIDE if like is not None else ():
+        if like is not None and (like / name).exists():
+            shutil.copyfile(inside(like, name), folder / name)
 
 
 def _write(folder: Path, config: Mapping[str, Any], parameters: Mapping[str, Tensor], shard: int) -> None:

@@ -8,11 +8,12 @@ from ..kinds import Attention, Mlp, Rope
 from ..parallel import Parallel
 from ..sequence import Kind
 from . import pieces, tables
-from .config import Config, read_rope
+from .config import Config
 from .decoders import cap, dense, each, gemma_fields, granite_scales, rms, stack
 from .mixtures import mixed
 from .pieces import FULL, SLIDING, read_attention, read_mlp, with_bias
 from .plan import Placed, Plan, make_plan
+from .ropes import read_rope
 
 
 def gpt_neox(c: Config) -> Plan:
@@ -105,21 +106,23 @@ def gemma3_text(c: Config) -> Plan:
         c, rope=False, qk_norm=True, scale=scale, softcap=cap(c, "attn_logit_softcapping", 0.0), **with_bias(c)
     )
     spans = pieces.windows(c, count, [SLIDING if (i + 1) % every else FULL for i in range(count)], pieces.window(c, 4096))
-    near, far = _gemma_ropes(c)
+    near, far = _gemma_ropes(c, plain.head_dim)
     attention = [plain.model_copy(update={"window": w, "rope": near if w else far}) for w in spans]
     mlp = Mlp(width=c.size("intermediate_size"), act=c.act("hidden_activation", "gelu_pytorch_tanh"))  # type: ignore[arg-type] # a known name
     fields = {**gemma_fields(c), "norm_place": "both", "logit_softcap": cap(c, "final_logit_softcapping", 0.0)}
     return dense(c, attention, mlp, mix=tables.GEMMA_ATTENTION, ffn=tables.GEMMA_MLP, **fields)
 
 
-def _gemma_ropes(c: Config) -> tuple[Rope, Rope]:
+def _gemma_ropes(c: Config, width: int) -> tuple[Rope, Rope]:
     """Positions of layers with a window, and of those without."""
     both: Any = c.get("rope_parameters", {})
     far = {"rope_theta": c.number("rope_theta", 1e6), **(c.get("rope_scaling") or {}), **(both.get(FULL) or {})}
     near = {"rope_theta": c.number("rope_local_base_freq", 1e4), **(both.get(SLIDING) or {})}
-    inner = [Config({"rope_parameters": table}) for table in (near, far)]
-    ropes = [read_rope(one) for one in inner]
+    length = c.size("max_position_embeddings", 131072)
+    inner = [Config({"rope_parameters": table, "max_position_embeddings": length}) for table in (near, far)]
+    ropes = [read_rope(one, width=width) for one in inner]
     c.problems += [line for one in inner for line in one.problems]
+    c.notes += [line for one in inner for line in one.notes]
     return ropes[0], ropes[1]
 
 

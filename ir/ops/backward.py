@@ -16,11 +16,14 @@ from ..sample import sample as draw
 from ..signature import Binding, Operand, alias, spread
 from ..types import TensorType
 from .attention import attention
+from .biased import biased_attention
+from .caches import CACHES
 from .experts import load_balance_loss, route, z_loss
 from .linear import embedding
 from .loss import cross_entropy, linear_cross_entropy
 from .pointwise import wide
 from .recurrence import FAMILY, gated_delta_final, kimi_delta_final
+from .scan import SCANS
 from .token_loss import balance, head_parts, linear_token_losses, router_scores, token_losses, z_losses
 
 Tensor = torch.Tensor
@@ -135,9 +138,12 @@ BACKWARD = {
     op: backward_op(op)
     for op in (
         attention,
+        biased_attention,
         *FAMILY,
         gated_delta_final,
         kimi_delta_final,
+        *SCANS,
+        *CACHES,
         route,
         cross_entropy,
         linear_cross_entropy,

@@ -27,17 +27,18 @@ def route(
     scale: float = 1.0,
     groups: int = 1,
     group_limit: int = 1,
+    group_best: int = 2,
 ) -> tuple[Tensor, Tensor]:
     """The k best experts of each token, lowest index first among equals, and their weights
 
-    `bias` steers the choice and not the weights; with `groups`, only the `group_limit` groups whose two best scores sum
-    highest are eligible; `renormalize` makes the k weights sum to one before `scale`.
+    `bias` steers the choice and not the weights; with `groups`, only the `group_limit` groups whose `group_best` best scores
+    sum highest are eligible; `renormalize` makes the k weights sum to one before `scale`.
     """
     scores = torch.softmax(wide(logits), -1) if score == "softmax" else torch.sigmoid(wide(logits))
     choice = scores if bias is None else scores + wide(bias)
     if groups > 1:
         by_group = choice.unflatten(-1, (groups, -1))
-        best = by_group.topk(min(2, by_group.shape[-1]), -1).values.sum(-1)
+        best = by_group.topk(min(group_best, by_group.shape[-1]), -1).values.sum(-1)
         keep = torch.zeros_like(best, dtype=torch.bool).scatter(-1, _first(best, group_limit), True)
         choice = by_group.masked_fill(~keep.unsqueeze(-1), -torch.inf).flatten(-2)
     experts = _first(choice, k)

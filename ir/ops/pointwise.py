@@ -169,6 +169,12 @@ def _(x: TensorType, *, partial: tuple[str, ...]) -> TensorType:
     return TensorType(x.dtype, x.dims, frozenset(partial))
 
 
+@op("x[...] -> y[...]", map="...", row=True)
+def fixed(x: Tensor) -> Tensor:
+    """y = x, which no gradient reaches: a number that is given and not trained"""
+    return x.detach().clone()
+
+
 @op("x[...] -> y:acc[...]", map="...", row=True, linear="x")
 def widen(x: Tensor) -> Tensor:
     """y = x in at least float32"""
@@ -289,6 +295,7 @@ normal_cdf.vjp("""
 step.vjp("")
 inside.vjp("")
 zeros_like.vjp("")
+fixed.vjp("")
 widen.vjp("d_x = d_y")
 cast.vjp("d_x = d_y")
 

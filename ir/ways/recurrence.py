@@ -277,14 +277,18 @@ def _way(op: OpDef, traits: Traits, about: str) -> Callable[..., Way]:
 def _sent(op: OpDef, traits: Traits, by: str) -> Callable[[Types, Mapping[str, Any], int, Mapping[str, int]], int]:
     def sent(types: Types, attrs: Mapping[str, Any], ranks: int, sizes: Mapping[str, int]) -> int:
         made, through = _numbers(op, traits, types, attrs, sizes)
-        size = BYTES[accumulator(_type(op, types, "v").dtype)]
-        places = 1 if parse_order(attrs["order"]) is None else 2
-        if by == "chain":
-            return min(places, ranks - 1) * made * size
-        rounds = (ranks - 1) * places if by == "states" else max(_shifts(r, ranks, places) for r in range(ranks))
-        return rounds * (made + through) * size
+        return relayed(by, attrs["order"], ranks, made, through) * BYTES[accumulator(_type(op, types, "v").dtype)]
 
     return sent
+
+
+def relayed(by: str, order: str, ranks: int, made: int, through: int) -> int:
+    """The most numbers that a rank sends, given how many are in a place's summary."""
+    places = 1 if parse_order(order) is None else 2
+    if by == "chain":
+        return min(places, ranks - 1) * made
+    rounds = (ranks - 1) * places if by == "states" else max(_shifts(r, ranks, places) for r in range(ranks))
+    return rounds * (made + through)
 
 
 def _numbers(op: OpDef, traits: Traits, types: Types, attrs: Mapping[str, Any], sizes: Mapping[str, int]) -> tuple[int, int]:
@@ -310,11 +314,11 @@ def _shifts(rank: int, ranks: int, places: int) -> int:
     return sum(rank + s < ranks for s in steps) + (sum(rank >= s for s in steps) if places == 2 else 0)
 
 
-_ABOUT = {
+ABOUT = {
     "chain": "The state alone goes from rank to rank; what a rank does to it stays there.",
     "states": "Every rank is told every summary and puts together those before its own.",
     "scan": "Summaries of 1, 2, 4, ... ranks are passed on, in as many steps as ranks have binary digits.",
 }
 for _op, _traits in FAMILY.items():
-    for _by, _text in _ABOUT.items():
+    for _by, _text in ABOUT.items():
         _op.way(_by, sent=_sent(_op, _traits, _by))(_way(_op, _traits, _text))

@@ -1,0 +1,179 @@
+"""What known values are: positions, rotary tables, masks; each found by its numbers at several sizes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from ...ir import OPS, PlaitError
+from ...ir.ops import frequencies
+from ...ir.ops.aten import NAMES
+from .known import LARGEST, Known
+from .views import bound
+
+Tensor = torch.Tensor
+LLAMA3 = (1.0, 4.0, 8192.0)  # of Llama 3's stretch all but the factor, which the slowest frequency says
+
+
+@dataclass(frozen=True)
+class Table:
+    """An op over positions and its attributes; without attributes it is the positions themselves."""
+
+    op: str
+    attrs: Mapping[str, Any]
+
+
+def recognized(known: Known, batch: Any, length: Any) -> dict[fx.Node, Table]:
+    """Every known value that is read by what is not known, where it has a name."""
+    found = dict[fx.Node, Table]()
+    for node in known.roots():
+        made = _recognized(known, node, batch, length)
+        if made is not None:
+            found[node] = made
+    return found
+
+
+def _recognized(known: Known, node: fx.Node, batch: Any, length: Any) -> Table | None:
+    value: Tensor = node.meta["val"]
+    words = _words(value, batch, length)
+    if words is None or known.largest(node) > LARGEST or value.dtype not in NAMES:
+        return None
+    try:
+        for table in _candidates(known, node, words, length):
+            if all(_same(known, node, table, at, batch, length) for at in _sizes(known, node, length)):
+                return table
+    except (RuntimeError, PlaitError):  # what does not run at other sizes has no name
+        return None
+    return None
+
+
+def _words(value: Tensor, batch: Any, length: Any) -> list[str] | None:
+    """What each dim is: 1, b, t, or d for a number."""
+    words = list[str]()
+    for i, n in enumerate(value.shape):
+        size, last = str(n), i == value.dim() - 1
+        if size == "1":
+            words.append("1")
+        elif size == str(length) and ("t" not in words or i == value.dim() - 1 or size != str(batch)):
+            words.append("t")
+        elif size == str(batch) and "b" not in words:
+            words.append("b")
+        elif last and size.isdecimal():
+            words.append("d")
+        else:
+            return None
+    return words if "t" in words else None
+
+
+def _sizes(known: Known, node: fx.Node, length: Any) -> Iterator[Mapping[str, int]]:
+    """Sizes to look at it: the probes, and a length past every number it is made with."""
+    yield from known.probes
+    if not isinstance(length, int) and (top := known.largest(node)) > 1:
+        yield dict.fromkeys(known.probes[0], 2) | {str(length): top + 3}
+
+
+def _candidates(known: Known, node: fx.Node, words: list[str], length: Any) -> Iterator[Table]:
+    value: Tensor = node.meta["val"]
+    shape = " ".join(words)
+    if value.dtype == torch.int64 and words in (["b", "t"], ["1", "t"]):
+        yield Table("positions", {"shape": shape})
+    elif words[-1] == "d" and words.count("t") == 1 and value.dtype.is_floating_point:
+        yield from _rotary(known, node, shape)
+    elif words[-2:] == ["t", "t"] and (value.dtype == torch.bool or value.dtype.is_floating_point):
+        yield from _masks(known, node, shape, length)
+
+
+def _masks(known: Known, node: fx.Node, shape: str, length: Any) -> Iterator[Table]:
+    """The window is read off the last row at the largest size."""
+    at = list(_sizes(known, node, length))[-1]
+    value = known.value(node, at)
+    last = value.reshape(-1, value.shape[-1])[-1]
+    hidden = float("-inf")
+    if value.dtype != torch.bool:
+        hidden = float(value.min())
+        last = last == 0
+    attrs = {"shape": shape, "dtype": NAMES[value.dtype]} | ({} if value.dtype == torch.bool else {"hidden": hidden})
+    seen = int(last.sum())
+    yield Table("visible_table", attrs)
+    if 0 < seen < value.shape[-1]:
+        yield Table("visible_table", {**attrs, "window": seen})
+    yield Table("visible_table", {**attrs, "causal": False})
+    if value.dtype == torch.bool:
+        yield Table("visible_table", {**attrs, "inverted": True})
+        if 0 < seen < value.shape[-1]:
+            yield Table("visible_table", {**attrs, "inverted": True, "window": value.shape[-1] - seen})
+
+
+def _rotary(known: Known, node: fx.Node, shape: str) -> Iterator[Table]:
+    value: Tensor = node.meta["val"]
+    columns, dtype = int(value.shape[-1]), NAMES[value.dtype]
+    for width, layouts in ((columns, ("halves", "pairs")), (2 * columns, ("once",))):
+        for law in _laws(known, node, width):
+            for layout in layouts:
+                for part in ("cos", "sin"):
+                    yield Table(
+                        "rope_table", {"part": part, "width": width, "shape": shape, "dtype": dtype, "layout": layout, **law}
+                    )
+
+
+def _laws(known: Known, node: fx.Node, width: int) -> Iterator[dict[str, Any]]:
+    """Laws that some value above it follows: as many frequencies as there are pairs, the first of them 1."""
+    seen = set[tuple[float, ...]]()
+    at = known.probes[0]
+    for n in known.above(node):
+        shape = n.meta["val"].shape if isinstance(n.meta.get("val"), Tensor) else ()
+        if math.prod(bound(x, at) for x in shape) != width // 2 or not shape:
+            continue
+        values = known.value(n, at).flatten()
+        key = tuple(values.tolist())
+        if not values.is_floating_point() or values[0] != 1 or not bool((values > 0).all()) or key in seen:
+            continue
+        seen.add(key)
+        yield from _fits(values, width)
+
+
+def _fits(values: Tensor, width: int) -> Iterator[dict[str, Any]]:
+    if width == 2:
+        yield {"theta": 10000.0}
+        return
+    for scaling in (False, True):
+        raw = float(values[1]) ** (-width / 2)
+        for digits in range(1, 17):
+            theta = float(f"{raw:.{digits}g}")
+            plain = frequencies(width, theta, (), values.new_empty((), dtype=torch.float64), False)
+            rounded = values.dtype == torch.float32
+            factor = round(float(plain[-1] / values[-1]), 4)
+            stretch = (factor, *LLAMA3) if scaling else ()
+            made = frequencies(width, theta, stretch, values.new_empty((), dtype=torch.float64), rounded)
+            if torch.allclose(made.double(), values.double(), rtol=3e-7, atol=0):
+                yield {"theta": theta, "rounded": rounded, "scaling": stretch}
+                break
+
+
+def _same(known: Known, node: fx.Node, table: Table, at: Mapping[str, int], batch: Any, length: Any) -> bool:
+    value = known.value(node, at)
+    b, t = (bound(n, at) if not isinstance(n, int) else n for n in (batch, length))
+    p = torch.arange(t).expand(b, t)
+    if table.op == "positions":
+        return torch.equal(value.expand(b, t), p)
+    made = OPS[table.op].reference(p, **{**_defaults(table.op), **table.attrs})
+    if made.shape != value.shape or made.dtype != value.dtype:
+        return False
+    if table.op == "visible_table":
+        return torch.equal(made, value)
+    rough = any(x.dtype in (torch.float32, torch.bfloat16, torch.float16) for x in _tensors(known, node))
+    within = max(4 * torch.finfo(value.dtype).eps, 3e-7 * max(t, 4)) if rough else 1e-12
+    return torch.allclose(made.double(), value.double(), rtol=0, atol=within)
+
+
+def _tensors(known: Known, node: fx.Node) -> list[Tensor]:
+    return [v for n in known.above(node) if isinstance(v := n.meta.get("val"), Tensor)]
+
+
+def _defaults(op: str) -> dict[str, Any]:
+    return dict(OPS[op].attrs)
