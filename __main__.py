@@ -7,7 +7,18 @@ from typing import Annotated
 
 import plait
 import typer
-from plait import cli_calibrate, cli_compile, cli_describe, cli_docs, cli_explain, cli_kernels, cli_opt, cli_train, cli_tune
+from plait import (
+    cli_calibrate,
+    cli_compile,
+    cli_describe,
+    cli_docs,
+    cli_explain,
+    cli_generate,
+    cli_kernels,
+    cli_opt,
+    cli_train,
+    cli_tune,
+)
 
 app = typer.Typer(
     name="plait",
@@ -17,7 +28,18 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich" if sys.stdout.isatty() else None,
 )
-for part in (cli_compile, cli_kernels, cli_opt, cli_explain, cli_train, cli_tune, cli_calibrate, cli_describe, cli_docs):
+for part in (
+    cli_compile,
+    cli_kernels,
+    cli_opt,
+    cli_explain,
+    cli_train,
+    cli_generate,
+    cli_tune,
+    cli_calibrate,
+    cli_describe,
+    cli_docs,
+):
     part.mount(app)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from plait.frontends import ModelSpec, build, dump_spec, load_spec, ways_of
@@ -19,9 +19,12 @@ from plait.runtime.layout import layout_of
 from plait.runtime.mesh import here, together, within
 from plait.runtime.module import shifted
 from plait.runtime.placed import Batch, PlacedModel
+from plait.runtime.traced import TracedModel
+from plait.tracing import Traced, compile_traced
 
 Spec = ModelSpec | str | Path | Mapping[str, Any]
 MODES = ("train", "infer")
+CACHED = {"cached": "with-cache", "rows": "with-cache{rows=true}", "paged": "with-cache{rows=true paged=true}"}
 
 
 def as_spec(spec: Spec) -> ModelSpec:
@@ -30,26 +33,27 @@ def as_spec(spec: Spec) -> ModelSpec:
 
 
 def program(spec: Spec, *, task: str = "logits", dtype: str = "", packed: bool = False, training: bool = False) -> Graph:
-    """The typed IR of a spec, before any pass; `task` is logits, loss or cached."""
-    graph = build(as_spec(spec), task="logits" if task == "cached" else task, dtype=dtype, packed=packed, training=training)
-    return Pipeline.parse("with-cache").run(graph) if task == "cached" else graph
+    """The typed IR of a spec, before any pass; `task` is logits, loss, or with states: cached, rows or paged."""
+    first = CACHED.get(task)
+    graph = build(as_spec(spec), task="logits" if first else task, dtype=dtype, packed=packed, training=training)
+    return Pipeline.parse(first).run(graph) if first else graph
 
 
+@overload
+def compile(spec: Traced, *, target: str = "cpu", passes: str = DEFAULT, jit: bool = True) -> TracedModel: ...
+@overload
 def compile(
-    spec: Spec,
-    *,
-    target: str = "cpu",
-    dtype: str = "",
-    mode: str = "train",
-    passes: str = DEFAULT,
-    seed: int = 0,
-    jit: bool = True,
-    mesh: str = "",
-    place: str = "",
-) -> CompiledModel:
+    spec: Spec, *, target: str = "cpu", dtype: str = "", mode: str = "train", passes: str = DEFAULT, seed: int = 0,
+    jit: bool = True, mesh: str = "", place: str = "",
+) -> CompiledModel: ...  # fmt: skip
+def compile(
+    spec: Spec | Traced, *, target: str = "cpu", dtype: str = "", mode: str = "train", passes: str = DEFAULT, seed: int = 0,
+    jit: bool = True, mesh: str = "", place: str = "",
+) -> CompiledModel | TracedModel:  # fmt: skip
     """Compile a spec to a module: `model(tokens) -> logits`, `model.loss(tokens, labels)`, `model.generate(tokens, n)`.
 
-    A spec is a preset's name, a file, a mapping, or a Hugging Face folder, whose weights the model then has.
+    A spec is a preset's name, a file, a mapping, or a Hugging Face folder, whose weights the model then has. What
+    `trace_module` made of an eager module becomes a module that is called as that one is, with its own weights.
 
     Targets: "cpu"; "cuda" runs row kernels in Triton, its weights are made on the CUDA device (without one they stay on the
     CPU, where the same program is torch code); "interpreter" runs the row kernels' Triton source on the CPU, slowly;
@@ -62,7 +66,10 @@ def compile(
     the options of the pass that does it, such as "attention=ring". Every process calls the model, with the same batch.
     """
     wish = Wish(target, dtype, mode, passes, mesh, place)
+    if isinstance(spec, Traced):
+        return _of_module(spec, wish, jit)
     with together(here()) if mesh else nullcontext():
+        source = spec
         spec, weights, origin = _opened(spec)
         known, make, graph = _prepared(spec, wish)
     device = "cuda" if target == "cuda" and torch.cuda.is_available() else "cpu"
@@ -73,8 +80,16 @@ def compile(
         model = PlacedModel(graph, make, layout, description=dump_spec(known), **options)
     else:
         model = CompiledModel(graph, make, description=dump_spec(known), **options)
-    model.origin = origin
+    model.origin, model.home = origin, Path(source) if origin and isinstance(source, (str, Path)) else None
     return model if mode == "train" else model.eval().requires_grad_(False)
+
+
+def _of_module(traced: Traced, wish: Wish, jit: bool) -> TracedModel:
+    """A traced module has its own weights, dtype and mode, and is in one process."""
+    asked = {"dtype": wish.dtype, "mode": wish.mode if wish.mode != "train" else "", "mesh": wish.mesh, "place": wish.place}
+    if odd := next((k for k, v in asked.items() if v), ""):
+        raise PlaitError(f"{odd} is {asked[odd]!r}, but a traced module keeps its own weights and mode; leave {odd} out")
+    return compile_traced(traced, target=wish.target, passes=wish.passes, jit=jit)
 
 
 def _opened(spec: Spec) -> tuple[Spec, Mapping[str, torch.Tensor] | None, Mapping[str, Any]]:
@@ -88,14 +103,14 @@ def _opened(spec: Spec) -> tuple[Spec, Mapping[str, torch.Tensor] | None, Mappin
 def save_hf(model: CompiledModel, folder: str | Path, like: str | Path = "") -> None:
     """Write a model as a Hugging Face folder: config.json and safetensors, whole or not at all, where nothing is yet.
 
-    The config is that of the folder the model was compiled from, or of the folder `like`.
+    The config is that of the folder the model was compiled from, or of the folder `like`, and so are a tokenizer's files.
     """
     config = read_config(like) if like else model.origin
     if not config:
         raise CheckpointError("the model did not come from a Hugging Face folder; say whose config it has: like='folder'")
     if isinstance(model, PlacedModel):
         raise CheckpointError("the model is split over a mesh; save its weights whole and load them into one process first")
-    write_folder(Path(folder), config, dict(model.named_parameters()))
+    write_folder(Path(folder), config, dict(model.named_parameters()), like=Path(like) if like else model.home)
 
 
 @dataclass(frozen=True)

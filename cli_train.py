@@ -1,13 +1,11 @@
-"""`plait train`, `plait generate`, `plait bench`: what runs a model rather than prints it."""
+"""`plait train`, `plait bench`: what runs a model rather than prints it."""
 
 from __future__ import annotations
 
-import codecs
 import os
 import statistics
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from enum import StrEnum
@@ -16,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from plait.cli_output import Table, count, fail_cleanly, note, problem, show, size, write_json, write_out
+from plait.cli_output import Table, count, fail_cleanly, note, problem, show, size, write_json
 from plait.cli_progress import training_bar
 
 if TYPE_CHECKING:
@@ -39,9 +37,8 @@ Seed = Annotated[int, typer.Option(min=0, help="Of everything that is drawn.")]
 
 
 def mount(app: typer.Typer) -> None:
-    """Add `train`, `generate` and `bench`."""
+    """Add `train` and `bench`."""
     app.command("train")(train_command)
-    app.command("generate")(generate_command)
     app.command("bench")(bench_command)
 
 
@@ -173,54 +170,6 @@ def fitting(spec: ModelSpec, bytes_each: int) -> ModelSpec:
     if need > have:
         raise problem(f"{spec.name}: needs {size(need)} of memory, this machine has {size(have)}; choose a smaller spec")
     return spec
-
-
-# -- generate -------------------------------------------------------------------------------
-
-
-@fail_cleanly
-def generate_command(
-    path: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A file written by save, or the folder of a run.")],
-    prompt: Annotated[str, typer.Option(help="What the text begins with.")],
-    tokens: Annotated[int, typer.Option(min=0, help="How many bytes to add.")] = 256,
-    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest byte every time.")] = 0.0,
-    top_k: Annotated[int, typer.Option(min=0, help="Draw from so many of the likeliest only; 0 from all.")] = 0,
-    seed: Seed = 0,
-    jit: Annotated[bool, typer.Option("--jit", help="Compile first: pays off for many thousand bytes.")] = False,
-    as_json: Json = False,
-) -> None:
-    """Continue a text, a byte at a time."""
-    from plait.api import load
-    from plait.runtime.rundir import checkpoint_file
-
-    if not prompt:
-        raise problem("the prompt is empty; give at least one character to continue")
-    model = load(checkpoint_file(path), dtype="f32", mode="infer", jit=jit)
-    if model.vocab != 256:
-        raise problem(f"{path}: vocab is {model.vocab}, must be 256: the text is written as bytes")
-    pieces = written(model, prompt, tokens, temperature=temperature, top_k=top_k, seed=seed)
-    if as_json:
-        return write_json({"prompt": prompt, "text": "".join(pieces)})
-    write_out(prompt)
-    for piece in pieces:
-        write_out(visible(piece) if sys.stdout.isatty() else piece)
-    write_out("\n")
-
-
-def written(model: CompiledModel, prompt: str, count: int, **how: Any) -> Iterator[str]:
-    """The continuation as text, as soon as each character is whole."""
-    import torch
-
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    start = torch.tensor([list(prompt.encode())])
-    for token in model.stream(start, count, **how):
-        yield decoder.decode(bytes([int(token)]))
-    yield decoder.decode(b"", final=True)
-
-
-def visible(text: str) -> str:
-    """Text that cannot drive a terminal: other control characters than line ends and tabs are shown as dots."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "·" for c in text)
 
 
 # -- bench ----------------------------------------------------------------------------------

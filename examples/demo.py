@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 from plait.api import compile, load, program
+from plait.cli_generate import written
 from plait.cli_output import count, error_text, note
 from plait.cli_progress import training_bar
-from plait.cli_train import written
 from plait.ir import Graph, PlaitError, dump
 from plait.passes import DEFAULT, Pipeline
 from plait.runtime import CompiledModel

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from .kinds import Attention, Gdn, Kda, Mamba2, Mla, Mlp, Moe
+from .kinds_cross import Cross
 from .kinds_lightning import Lightning
 from .kinds_scan import GatedConv, Lru, Mamba1
 from .parallel import Parallel
 from .sequence import Kind
 from .shared import Shared
+from .encoder import relative_of
 from .spec import ModelSpec
 
 
 def parameter_count(spec: ModelSpec) -> int:
     """Parameters of the whole model."""
-    return _outside(spec) + sum(block_parameters(block, spec.hidden) for block in spec.blocks)
+    return _outside(spec) + _encoder(spec) + sum(block_parameters(block, spec.hidden) for block in spec.blocks)
 
 
 def active_parameter_count(spec: ModelSpec) -> int:
     """Parameters that one token meets: of the routed experts only its top_k."""
     blocks = (block.model_copy(update={"experts": block.top_k}) if isinstance(block, Moe) else block for block in spec.blocks)
     routers = sum((b.experts - b.top_k) * _routing(b, spec.hidden) for b in spec.blocks if isinstance(b, Moe))
-    return _outside(spec) + sum(block_parameters(block, spec.hidden) for block in blocks) + routers
+    return _outside(spec) + _encoder(spec) + sum(block_parameters(block, spec.hidden) for block in blocks) + routers
 
 
 def block_parameters(block: Kind, hidden: int) -> int:
@@ -53,6 +57,9 @@ def block_parameters(block: Kind, hidden: int) -> int:
             return _ffn(hidden, block.width, block.glu) + block.bias * ((1 + block.glu) * block.width + hidden)
         case Moe():
             return _moe(block, hidden)
+        case Cross():
+            width = block.query_width + 2 * block.kv_width
+            return hidden * (width + block.query_width) + block.bias * width + block.out_bias * hidden
         case Shared():
             return block_parameters(block.mixer, hidden) + hidden**2 + _adapters(block, hidden)
         case Parallel():
@@ -63,10 +70,30 @@ def _outside(spec: ModelSpec) -> int:
     """Embedding, head, norms, and what blocks share."""
     norm = _norm(spec)
     apart = sum(len(b.parts) - 1 for b in spec.blocks if isinstance(b, Parallel) and b.own_norms)
-    twice = sum((b.norm_place or spec.norm_place) == "both" for b in spec.blocks)
-    norms = norm * (len(spec.blocks) + twice + 1 + apart)
-    positions = spec.max_length * spec.hidden * spec.learned_positions
-    return spec.vocab * spec.hidden * (1 if spec.tied else 2) + norms + positions + _shared_weights(spec)
+    norms = norm * (len(spec.blocks) + _twice(spec, spec.blocks) + 1 + apart)
+    words = spec.vocab * (spec.hidden * (1 if spec.tied else 2) + spec.head_bias)
+    return words + norms + _tables(spec, spec.blocks) + _shared_weights(spec)
+
+
+def _twice(spec: ModelSpec, blocks: Sequence[Kind]) -> int:
+    """How many blocks have a norm on either side."""
+    return sum((b.norm_place or spec.norm_place) == "both" for b in blocks)
+
+
+def _tables(spec: ModelSpec, blocks: Sequence[Kind]) -> int:
+    """Learned positions and biases by distance, of a decoder or an encoder."""
+    positions = spec.position_rows * spec.hidden * spec.learned_positions
+    relative = relative_of(blocks)
+    return positions + (relative[0].buckets * relative[1] if relative else 0)
+
+
+def _encoder(spec: ModelSpec) -> int:
+    """An encoder's blocks, norms and tables."""
+    if spec.encoder is None:
+        return 0
+    blocks = spec.encoder.blocks
+    norms = _norm(spec) * (len(blocks) + _twice(spec, blocks) + 1)
+    return sum(block_parameters(b, spec.hidden) for b in blocks) + norms + _tables(spec, blocks)
 
 
 def _norm(spec: ModelSpec) -> int:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from ..ir import Builder, Graph, Init, TensorType, Value, ops, tensor_type
 from .encoder import relative_of
+from .kinds import Attention
 from .kinds_cross import Cross
 from .layer import model_norm
 from .layers import build_layer
 from .layers_cross import memory_graph
 from .sequence import Kind
 from .spec import ModelSpec, kinds_of
-
-Reads = Callable[[Kind], tuple[str, ...]]
 
 
 def embedded(b: Builder, spec: ModelSpec, table: Value, tokens: Value, given: dict[str, Value], prefix: str = "") -> Value:
@@ -44,7 +43,7 @@ def sources(b: Builder) -> dict[str, Value]:
     return {"source": b.input("source", tensor_type("i64", "b", "u")), "lengths": b.input("lengths", tensor_type("i64", "b"))}
 
 
-def encoded(b: Builder, spec: ModelSpec, table: Value, given: dict[str, Value], reads: Reads) -> Value:
+def encoded(b: Builder, spec: ModelSpec, table: Value, given: dict[str, Value]) -> Value:
     """The encoder's result, behind its final norm."""
     assert spec.encoder is not None
     own, dtype, blocks = dict(given), table.type.dtype, spec.encoder.blocks
@@ -54,13 +53,19 @@ def encoded(b: Builder, spec: ModelSpec, table: Value, given: dict[str, Value], 
     own |= relative_table(b, spec, blocks, dtype, "encoder_")
     graphs: dict[Any, Graph] = {}
     for name, kind in kinds_of(blocks).items():
-        types = {n: own[n].type for n in reads(kind)}
+        types = {n: own[n].type for n in _reads(kind, own)}
         graphs[kind] = build_layer(kind, spec, dtype, types, f"encoder_{name}")
     for i, kind in enumerate(blocks):
         with b.at(f"encoder.{i}"):
             mine = _forked(own, len(spec.blocks) + i)
-            x = b.call(graphs[kind], x, *(mine[n] for n in reads(kind)), params=f"encoder.{i}")
+            x = b.call(graphs[kind], x, *(mine[n] for n in _reads(kind, own)), params=f"encoder.{i}")
     return b.call(_final(spec, dtype, x.type), x, params="encoder.final")
+
+
+def _reads(kind: Kind, given: Mapping[str, Value]) -> tuple[str, ...]:
+    """Which of these values an encoder's block takes."""
+    wanted = [("p", bool(kind.rope)), ("table", bool(kind.relative)), ("lengths", True)] if isinstance(kind, Attention) else []
+    return tuple(n for n, does in (*wanted, ("seed", "seed" in given)) if does)
 
 
 def _forked(given: Mapping[str, Value], stream: int) -> dict[str, Value]:

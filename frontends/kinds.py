@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from .feed import Mlp, Moe
+from .kinds_cross import Relative
 from .record import (
     MAX_SIZE,
     WAY,
@@ -43,6 +44,7 @@ class Attention(Sublayer):
     qk_norm: bool = Field(default=False, description="RMS norm of every query and key head")
     qk_norm_whole: bool = Field(default=False, description="that norm is of all heads together, not of each")
     rope: Rope | None = Field(default=None, description="rotary positions; none when absent")
+    relative: Relative | None = Field(default=None, description="learned bias of scores by distance; none when absent")
     window: Count = Field(default=0, description="keys a query sees, itself included; 0 for all")
     gate: bool = Field(default=False, description="sigmoid gate on every output element, projected beside the query")
     sinks: bool = Field(default=False, description="a learned extra logit per head in the softmax")
@@ -70,6 +72,8 @@ class Attention(Sublayer):
         lines += divided(self.rope, self.rotated)
         if self.qk_norm_whole and not self.qk_norm:
             lines.append("qk_norm_whole: is true; must be false without qk_norm")
+        if self.relative and (self.window or self.sinks or self.softcap or self.cp):
+            lines.append("relative: must be absent beside window, sinks, softcap and cp")
         return lines
 
     @property

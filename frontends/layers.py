@@ -10,6 +10,7 @@ from typing import Any
 from ..ir import ONES, ZEROS, Builder, Graph, Init, Value, ops, tensor_type
 from .kinds import Attention, Gdn, Kda, Mamba2, Mla, Mlp, Moe, Rope
 from .layer import Layer, Mixer, borders, heads, merge, short_conv
+from .layers_cross import biased, cross
 from .layers_scan import SCAN_MIXERS
 from .lightning import lightning
 from .parallel import Parallel, prefix
@@ -39,7 +40,7 @@ def attention(at: Layer, x: Value, kind: Attention) -> Value:
     if kind.sinks:
         named["sinks"] = at.wide_vector("sinks", kind.heads, ZEROS)
     options = {"causal": kind.causal, "window": kind.window, "softcap": kind.softcap, "scale": kind.scale}
-    o = merge(ops.attention(q, k, v, **named, **options))
+    o = merge(biased(at, q, k, v, kind) or ops.attention(q, k, v, **named, **options))
     if gate:
         with at.b.at("gate"):
             o = ops.mul(o, ops.sigmoid(gate[0]))
@@ -284,7 +285,7 @@ def _balance(kind: Moe, logits: Value, chosen: Value) -> tuple[Value, ...]:
 MIXERS: dict[str, Mixer] = {
     "lightning": lightning,
     "attention": attention, "mla": mla, "gdn": gdn, "kda": kda, "mamba2": mamba2, "mlp": mlp, "moe": moe,
-    "parallel": parallel, "shared": shared, **SCAN_MIXERS,
+    "parallel": parallel, "shared": shared, "cross": cross, **SCAN_MIXERS,
 }  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from pydantic import Field, ValidationError
 
 from ..ir.errors import SpecError
 from .kinds import Attention, Frozen, Gdn, Kda, Mamba2, Mla, Mlp, Moe
+from .kinds_cross import Cross
 from .kinds_lightning import Lightning
 from .kinds_scan import GatedConv, Lru, Mamba1
 from .parallel import Parallel
@@ -17,7 +18,7 @@ from .pattern import pattern_names
 from .problems import MAX_PROBLEMS, PLAIN, explain, join, kind_problem, shown, suggest
 from .shared import Shared
 
-Kind = Attention | Gdn | Kda | Mamba2 | Mlp | Moe | Mla | Parallel | Mamba1 | GatedConv | Lru | Lightning | Shared
+Kind = Attention | Gdn | Kda | Mamba2 | Mlp | Moe | Mla | Parallel | Mamba1 | GatedConv | Lru | Lightning | Shared | Cross
 Block = Annotated[Kind, Field(discriminator="kind")]
 
 KINDS: dict[str, type[Kind]] = {
@@ -34,6 +35,7 @@ KINDS: dict[str, type[Kind]] = {
     "lru": Lru,
     "lightning": Lightning,
     "shared": Shared,
+    "cross": Cross,
 }
 MAX_BLOCKS = 10_000
 WAYS = ("blocks", "pattern", "ratio")

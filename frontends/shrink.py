@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+from .encoder import Encoder
 from .kinds import Attention, Gdn, Kda, Mamba2, Mla, Mlp, Moe
+from .kinds_cross import Cross
 from .kinds_lightning import Lightning
 from .kinds_scan import GatedConv, Lru, Mamba1
 from .parallel import Parallel
@@ -23,8 +25,14 @@ def shrink(spec: ModelSpec) -> ModelSpec:
         "max_length": min(spec.max_length, 128),
         "blocks": tuple(_small(block) for block in _representative(spec.blocks)),
         "stages": (),
+        "encoder": spec.encoder and _encoder(spec.encoder),
     }
     return ModelSpec(**small)
+
+
+def _encoder(encoder: Encoder) -> Encoder:
+    vocab = {"start": min(encoder.start, 1), "pad": min(encoder.pad, 1)}
+    return Encoder(blocks=tuple(_small(block) for block in _representative(encoder.blocks)), **vocab)
 
 
 def _representative(blocks: tuple[Kind, ...]) -> tuple[Kind, ...]:
@@ -62,6 +70,10 @@ def _small(block: Kind) -> Kind:
             small = {"width": min(block.width, 12)}
         case Lru():
             small = {"heads": _two(block.heads), "width": _two(block.heads) * min(block.block, 6)}
+        case Cross():
+            kv_heads = _two(block.kv_heads)
+            small = {"heads": kv_heads * _two(block.heads // block.kv_heads), "kv_heads": kv_heads}
+            small["head_dim"] = min(block.head_dim, 6)
         case Mlp():
             small = {"width": min(block.width, 44)}
         case Moe():

@@ -16,6 +16,7 @@ KINDS = ("k_cache", "v_cache", "conv_state", "recurrent_state")
 _RECURRENCES = tuple(op.name for op in (*ops.FAMILY, *ops.SCANS))
 _ROLES: dict[str, tuple[str, ...]] = {
     "attention": ("k_cache", "v_cache"),
+    "biased_attention": ("k_cache", "v_cache"),
     "causal_conv1d": ("conv_state",),
     **dict.fromkeys(_RECURRENCES, ("recurrent_state",)),
 }
@@ -99,8 +100,22 @@ def _refuse(graph: Graph, rows: bool) -> None:
         raise PassError(f"{graph.name}: {LENGTH} is a size of its inputs already; rename it, a cache's length is called that")
     for part in (graph, *graph.layers):
         for node in part.nodes:
+            if _given(part, node):
+                continue
             if why := _obstacle(node) or (_rows_obstacle(node) if rows else _packed(node)):
                 raise PassError(f"with-cache: {node.op.name} at {node.loc or part.name}: {why}")
+
+
+def _given(graph: Graph, node: Node) -> bool:
+    """Attention to keys and values that the program is given: they are the same for every token."""
+    if not node.is_op("biased_attention") or node.attrs["causal"]:
+        return False
+    return all(v in graph.inputs for v in node.inputs[1:3])
+
+
+def _biased(node: Node) -> bool:
+    """Attention with a bias by distance, to the tokens themselves."""
+    return node.is_op("biased_attention") and bool(node.attrs["causal"])
 
 
 def _obstacle(node: Node) -> str:
@@ -112,7 +127,7 @@ def _obstacle(node: Node) -> str:
     given = {o.name for o, v in zip(op.inputs, node.inputs, strict=True) if v is not None}
     if {"state", "at"} & given and node.is_op(*_ROLES, "positions"):
         return "it has a state already"
-    if node.is_op("attention") and not node.attrs["causal"]:
+    if node.is_op("attention", "biased_attention") and not node.attrs["causal"]:
         return "it is not causal, so earlier tokens depend on later ones; no cache can serve it"
     return "it is for training; build without dropout" if node.is_op("dropout") else ""
 
@@ -128,6 +143,8 @@ def _packed(node: Node) -> str:
 
 def _rows_obstacle(node: Node) -> str:
     """What attention has that attention to rings has not."""
+    if node.is_op("biased_attention"):
+        return "it has a bias by distance, which rows of their own lengths (rows=true) have no form of"
     if not node.is_op("attention"):
         return ""
     assert isinstance(node.op, OpDef)
@@ -200,13 +217,13 @@ class _Places:
         if style.paged and style.rows and any(n.is_op("attention") and not n.attrs["window"] for n in nodes):
             self.values["slots"] = builder.input("slots", TensorType("i64", tokens.dims))
             self.values["table"] = builder.input("table", TensorType("i64", (style.rows, Dim(HELD))))
-        if builder.role != "layer" or any(n.is_op("attention", "positions") for n in nodes):
+        if builder.role != "layer" or any(n.is_op("attention", "positions") or _biased(n) for n in nodes):
             rows = (style.rows,) if style.rows else ()
             self.values["at"] = builder.input("at", TensorType("i64", rows))
 
     def write(self, node: Node, new: Value, cu: Value | None, make: Callable[[TensorType], Value]) -> tuple[Value, Value]:
         """The cache that a call's keys or values are written into: what attention reads, and what goes out."""
-        at, rows, window = self.values["at"], self.style.rows, node.attrs["window"]
+        at, rows, window = self.values["at"], self.style.rows, node.attrs.get("window", 0)
         if rows is None:
             written = ops.cache_write(make(_cache_type(new.type, LENGTH)), new, at)
         elif window or "slots" not in self.values:
@@ -226,8 +243,8 @@ def _emit_op(
     given, states, b = list(inputs), list[Value](), places.builder
     b.loc = node.loc
     rows, names = places.style.rows is not None, [v.name for v in node.outputs]
-    if node.is_op("attention"):
-        cu = given[_position(node, "cu")]
+    if node.is_op("attention") or _biased(node):
+        cu = given[_position(node, "cu")] if node.is_op("attention") else None
         for i, role in zip((1, 2), _ROLES["attention"], strict=True):
             new = given[i]
             assert new is not None
@@ -239,12 +256,12 @@ def _emit_op(
     elif node.is_op("positions") and rows:
         cu = given[_position(node, "cu")]
         return b.emit(ops.cached_positions, [given[0], places.values["at"], cu], {}, names), states
-    elif node.is_op(*_ROLES):
+    elif node.is_op(*_ROLES) and not node.is_op("biased_attention"):
         given[_position(node, "state")] = make(_ROLES[node.op.name][0], node.outputs[1].type)
-    if node.is_op("attention", "positions"):
+    if node.is_op("attention", "positions") or _biased(node):
         given[_position(node, "at")] = places.values["at"]
     made = b.emit(node.op, given, node.attrs, names, node.loc)
-    if node.is_op(*_ROLES) and not states:
+    if node.is_op(*_ROLES) and not node.is_op("biased_attention") and not states:
         states.append(made[1])
     return made, states
 

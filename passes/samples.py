@@ -127,6 +127,8 @@ def _integers(node: Node, name: str, wanted: tuple[int, ...], sizes: Mapping[str
             return labels
         case _, "cu":
             return _borders(wanted[0], _tokens_of(node, sizes))
+        case "biased_attention", "lengths":
+            return torch.randint(1, 1 + _size(node, 1, 1, sizes), wanted, generator=rng)
         case _, "at":
             return torch.zeros(wanted, dtype=torch.int64)
         case "page_write", "slots":

@@ -3,32 +3,25 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..ir import DTYPES, DataError, Graph, fill, parameters
+from ..ir import DTYPES, DataError, Graph, TensorType, fill, parameters
 from ..ir.sizes import value as bound_size
 from ..lowering.program import Program
-from .capture import Decoder, recorder
+from .caches import Cache, Reader, check_length, position_limit
 from .checkpoint import read_tensors, save_tensors
+from .generate import Prompts, Stops, Wish, generate, stream
 from .layout import Layout, own_part
+from .padding import packing
 from .runner import CompiledLayer, Runner
+from .sampling import Sampling
+from .variant import Variant
 
 Tensor = torch.Tensor
-
-
-@dataclass(frozen=True)
-class Variant:
-    """Which program of a model is wanted."""
-
-    task: str = "logits"  # logits, loss, or cached: logits with state in and out
-    packed: bool = False
-    training: bool = False
 
 
 class CompiledModel(torch.nn.Module):
@@ -40,11 +33,13 @@ class CompiledModel(torch.nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         self.origin: Mapping[str, Any] = {}  # the config of the folder that it came from
+        self.home: Path | None = None  # that folder
         self.graph, self.description = graph, description
         self.layout = layout
         self._layers: dict[Graph, CompiledLayer] | None = {} if compiled else None
         self._make, self._runners = make, dict[Variant, Runner]()
         self.vocab = int(graph.params[0].type.dims[0].size)  # rows of the embedding, the first parameter
+        self.limit = position_limit(graph)  # of positions there is a table of
         self.shapes = dict[str, tuple[int, ...]]()  # of the parameters, as one process has them
         for name, tensor in initial(graph, seed).items() if weights is None else given(graph, weights):
             self.shapes[name] = tuple(tensor.shape)
@@ -62,24 +57,34 @@ class CompiledModel(torch.nn.Module):
         runner = self.runner(variant)
         return runner(inputs, self._arguments(runner))
 
+    def _step(self, variant: Variant, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """As `_run`, for who gives states and takes the new ones: these may be written where the old ones are."""
+        runner = self.runner(variant)
+        return runner(inputs, self._arguments(runner), in_place=True)
+
     def _arguments(self, runner: Runner) -> list[Tensor]:
         """The parameters in the order a program takes them."""
-        return [self.get_parameter(name) for name in runner.program.parameters]
+        return [_found(self, path) for path in runner.paths]
 
     # -- use ------------------------------------------------------------------------------
 
     def forward(
         self, tokens: Tensor, cu: Tensor | None = None, seed: Tensor | None = None, *, labels: Tensor | None = None,
-        local: bool = False,
+        local: bool = False, mask: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """Logits [b, s, vocab] of tokens i64[b, s]; `cu` i64[n+1] are the borders of segments packed in one row.
 
+        `mask` [b, s] is 0 where tokens are padding, in front of a row's own or behind them: these run packed, so that padding
+        changes no number; its own logits are zeros.
         With labels it is the loss: wrappers such as DistributedDataParallel see calls of the module alone. `local` says that
         tokens and labels are one rank's part, which in one process is all of them.
         """
         if labels is not None:
-            return self.loss(tokens, labels, cu, seed)
+            return self.loss(tokens, labels, cu, seed, mask=mask)
         tokens = self._tokens(tokens)
+        if mask is not None:
+            pack = packing(tokens, self._only(mask, cu))
+            return pack.unpack(self(pack.pack(tokens), pack.cu, seed))
         return self._run(*self._call("logits", tokens, None, cu, seed))[0]
 
     def whole_logits(self, tokens: Tensor, cu: Tensor | None = None, seed: Tensor | None = None) -> Tensor:
@@ -88,14 +93,18 @@ class CompiledModel(torch.nn.Module):
 
     def loss(
         self, tokens: Tensor, labels: Tensor | None = None, cu: Tensor | None = None, seed: Tensor | None = None, *,
-        local: bool = False,
+        local: bool = False, mask: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """Mean cross entropy, plus the spec's balance losses.
+        """Mean cross entropy, plus the spec's balance losses; `mask` as for logits.
 
         labels[b, t] is the token wanted after position t, -100 where none is; without labels the tokens themselves,
         shifted by one, are (the last position of each segment then has none).
         """
         tokens = self._tokens(tokens)
+        if mask is not None:
+            pack = packing(tokens, self._only(mask, cu))
+            wanted = None if labels is None else pack.pack(labels)
+            return self.loss(pack.pack(tokens), wanted, pack.cu, seed)
         return self._run(*self._call("loss", tokens, shifted(tokens, cu) if labels is None else labels, cu, seed))[0]
 
     @property
@@ -110,6 +119,8 @@ class CompiledModel(torch.nn.Module):
         given = [tokens, *([labels.to(tokens.device)] if labels is not None else [])]
         if cu is not None:
             given.append(self._borders(tokens.shape[0], tokens.shape[1], cu))
+        if self.limit and not torch.compiler.is_compiling():
+            check_length(tokens.shape[1] if cu is None else int(cu.diff().max()), self.limit, "a row of tokens")
         variant = Variant(task, cu is not None, self.training)
         if any(v.name == "seed" for v in self.runner(variant).program.graph.inputs):
             drawn = torch.tensor(int(torch.randint(2**31, ()))) if seed is None else seed
@@ -121,11 +132,22 @@ class CompiledModel(torch.nn.Module):
             raise DataError(f"tokens is {tokens.dtype}{list(tokens.shape)}, must be int64 [batch, length]")
         if 0 in tokens.shape:
             raise DataError(f"tokens is {list(tokens.shape)}; there must be at least one row and one token")
+        self.check_tokens(tokens)
+        return tokens.to(self.device, torch.int64)
+
+    def check_tokens(self, tokens: Tensor) -> None:
+        """Refuse what is no token of the vocabulary."""
+        if tokens.dtype not in (torch.int64, torch.int32):
+            raise DataError(f"tokens is {tokens.dtype}{list(tokens.shape)}, must be int64")
         if not torch.compiler.is_compiling():
             low, high = (int(x) for x in tokens.aminmax())
             if low < 0 or high >= self.vocab:
                 raise DataError(f"tokens holds the token {low if low < 0 else high}; tokens are from 0 to {self.vocab - 1}")
-        return tokens.to(self.device, torch.int64)
+
+    def _only(self, mask: Tensor, cu: Tensor | None) -> Tensor:
+        if cu is not None:
+            raise DataError("mask and cu both say where rows end; give one of them")
+        return mask
 
     def _borders(self, rows: int, length: int, cu: Tensor) -> Tensor:
         cu = cu.long()
@@ -137,66 +159,62 @@ class CompiledModel(torch.nn.Module):
 
     # -- generation -----------------------------------------------------------------------
 
-    @torch.no_grad()
     def generate(
-        self,
-        tokens: Tensor,
-        max_new_tokens: int,
-        *,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        seed: int = 0,
-        stop: int | None = None,
-    ) -> Tensor:
-        """tokens [b, s] continued by up to `max_new_tokens`; greedy at temperature 0. Stops early once every row met `stop`."""
-        tokens = self._tokens(tokens)
-        out = [tokens]
-        for new in self.stream(tokens, max_new_tokens, temperature=temperature, top_k=top_k, seed=seed, stop=stop):
-            out.append(new[:, None])
-        return torch.cat(out, 1)
+        self, tokens: Prompts, max_new_tokens: int, *, mask: Tensor | None = None, cache: Cache | None = None,
+        prefill_chunk: int = 0, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0,
+        repetition_penalty: float = 1.0, seed: int | Sequence[int] = 0, stop: Stops = None,
+    ) -> Any:  # fmt: skip
+        """Prompts continued by up to `max_new_tokens`; greedy at temperature 0. Stops early once every row met a `stop` token.
 
-    @torch.no_grad()
-    def stream(
-        self,
-        tokens: Tensor,
-        max_new_tokens: int,
-        *,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        seed: int = 0,
-        stop: int | None = None,
-    ) -> Iterator[Tensor]:
-        """The new tokens [b], one position at a time. Prompt and steps run one cached program.
-
-        On a CUDA device the step of one token is recorded as a CUDA graph, unless it waits for the host.
+        Prompts are tokens [b, s], with `mask` 0 where they are padding, and the result is [b, s + new], where a row that is
+        done repeats its stop token; or a list of rows [s], each with a length of its own, and the result is such a list.
+        `stop` is a token, several, or a list for each row. Row i draws by seed + i, or by a seed of its own, so that what it
+        says does not depend on the others. With a `cache` the prompts go on from what it has read; it keeps all of them, and
+        what is generated. `prefill_chunk` is how many tokens of a row are read at a time.
         """
-        tokens, rng = self._tokens(tokens), torch.Generator().manual_seed(seed)
-        if max_new_tokens < 0:
-            raise DataError(f"max_new_tokens is {max_new_tokens}, must be 0 or more")
-        states = self.fresh_states(tokens.shape[0], tokens.shape[1] + max_new_tokens)
-        done = torch.zeros(tokens.shape[0], dtype=torch.bool, device=tokens.device)
-        decode = Decoder(partial(self._run, Variant("cached")), states, recorder(tokens.device, max_new_tokens))
-        for _ in range(max_new_tokens):
-            new = pick(decode(tokens), temperature, top_k, rng)
-            new = new if stop is None else torch.where(done, stop, new)
-            yield new
-            if stop is not None:
-                done |= new == stop
-                if bool(done.all()):
-                    return
-            tokens = new[:, None]
+        how = Sampling(repetition_penalty, temperature, top_k, top_p, min_p)
+        return generate(self, tokens, Wish(max_new_tokens, how, seed, stop, cache, prefill_chunk), mask)
+
+    def stream(
+        self, tokens: Prompts, max_new_tokens: int, *, mask: Tensor | None = None, cache: Cache | None = None,
+        prefill_chunk: int = 0, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0,
+        repetition_penalty: float = 1.0, seed: int | Sequence[int] = 0, stop: Stops = None,
+    ) -> Iterator[Tensor]:  # fmt: skip
+        """The new tokens [b], one position at a time; arguments are those of `generate`. Prompt and steps run one program."""
+        how = Sampling(repetition_penalty, temperature, top_k, top_p, min_p)
+        return stream(self, tokens, Wish(max_new_tokens, how, seed, stop, cache, prefill_chunk), mask)
+
+    def cache(self, rows: int, room: int = 0, *, page: int = 0, chunk: int = 0) -> Cache:
+        """An empty cache for `rows` rows: room for so many tokens at first, in pages of `page` tokens where that is given.
+
+        `chunk` is the most tokens of a row in one call, where layers look through a window. See `Cache` for `fork`, `verify`
+        and `rollback`.
+        """
+        return Cache(self.reader(), rows, room, page=page, chunk=chunk)
+
+    def verify(self, cache: Cache, tokens: Tensor) -> Tensor:
+        """Logits [b, n, vocab] behind each of the tokens [b, n] that are tried; `cache.rollback` says how many stay."""
+        tokens = self._tokens(tokens)
+        if len(tokens) != len(cache.lengths):
+            raise DataError(f"there are {len(tokens)} rows of tokens; the cache has {len(cache.lengths)}, try tokens for each")
+        return cache.verify(tokens)
+
+    def reader(self) -> Reader:
+        """This model as a cache sees it."""
+        return Reader(self._step, lambda v: self.runner(v).program.graph, self._state_dtype, self.device, self.limit)
 
     def fresh_states(self, batch: int, length: int) -> list[Tensor]:
         """Empty caches and states for `batch` rows of up to `length` tokens."""
-        first = next(self.parameters())
-        env = {"b": batch, "m": length}
-        wide = first.dtype if first.dtype == torch.float64 else torch.float32
-        inputs = self.runner(Variant("cached")).program.graph.inputs[2:]
-        made = list[Tensor]()
-        for v in inputs:
-            dtype = first.dtype if v.type.dtype == self.graph.params[0].type.dtype else wide
-            made.append(torch.zeros([bound_size(d.size, env) for d in v.type.dims], dtype=dtype, device=first.device))
-        return made
+        env, inputs = {"b": batch, "m": length}, self.runner(Variant("cached")).program.graph.inputs[2:]
+        shapes = [[bound_size(d.size, env) for d in v.type.dims] for v in inputs]
+        dtypes = [self._state_dtype(v.type) for v in inputs]
+        return [torch.zeros(shape, dtype=d, device=self.device) for shape, d in zip(shapes, dtypes, strict=True)]
+
+    def _state_dtype(self, type_: TensorType) -> torch.dtype:
+        """What a state is kept in: that of the weights, or as wide as sums are."""
+        own = next(self.parameters()).dtype
+        wide = own if own == torch.float64 else torch.float32
+        return own if type_.dtype == self.graph.params[0].type.dtype else wide
 
     # -- weights --------------------------------------------------------------------------
 
@@ -243,8 +261,23 @@ def initial(graph: Graph, seed: int) -> dict[str, Tensor]:
 
 def given(graph: Graph, weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Every parameter's numbers out of `weights`, in its own type; one at a time, so that a file is not held twice."""
+    release: Callable[[str], None] = getattr(weights, "release", lambda name: None)  # of a file's pages, where they are such
     for name, (type_, _) in parameters(graph).items():
-        yield name, weights[name].to(DTYPES[type_.dtype])
+        found = weights[name]
+        own = found.to(DTYPES[type_.dtype])
+        if own is not found:
+            release(name)
+        del found
+        yield name, own
+
+
+def _found(root: torch.nn.Module, path: Sequence[str]) -> torch.nn.Parameter:
+    """`get_parameter` in a tenth of its time: a decode step asks for every parameter anew, since any may have been replaced."""
+    for part in path[:-1]:
+        root = root._modules[part]  # type: ignore[assignment] # a module, as `_place` made it
+    found = root._parameters[path[-1]]  # pyright: ignore[reportPrivateUsage] # of torch.nn, as `get_parameter` reads it
+    assert found is not None
+    return found
 
 
 def _place(root: torch.nn.Module, name: str, parameter: torch.nn.Parameter) -> None:
@@ -264,14 +297,3 @@ def shifted(tokens: Tensor, cu: Tensor | None) -> Tensor:
         ends = cu[1:][cu.diff() > 0] - 1
         labels[:, ends.to(labels.device)] = -100
     return labels
-
-
-def pick(logits: Tensor, temperature: float, top_k: int, rng: torch.Generator) -> Tensor:
-    """The next token [b]: the likeliest at temperature 0, else drawn from the `top_k` likeliest (all when 0)."""
-    if temperature <= 0:
-        return logits.argmax(-1)
-    scaled = logits.float() / temperature
-    if top_k:
-        floor = scaled.topk(min(top_k, scaled.shape[-1]), -1).values[:, -1:]
-        scaled = scaled.masked_fill(scaled < floor, -torch.inf)
-    return torch.multinomial(torch.softmax(scaled, -1).cpu(), 1, generator=rng)[:, 0].to(logits.device)

@@ -70,22 +70,24 @@ class PlacedModel(CompiledModel):
 
     def forward(
         self, tokens: Tensor, cu: Tensor | None = None, seed: Tensor | None = None, *, labels: Tensor | None = None,
-        local: bool = False,
+        local: bool = False, mask: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """This rank's part of the logits, or the loss where labels are given; `local` tokens and labels are its part, too."""
-        return self._placed("logits" if labels is None else "loss", Batch(tokens, labels, cu), seed, local)
+        return self._placed("logits" if labels is None else "loss", Batch(tokens, labels, cu), seed, local, mask)
 
     def loss(
         self, tokens: Tensor, labels: Tensor | None = None, cu: Tensor | None = None, seed: Tensor | None = None, *,
-        local: bool = False,
+        local: bool = False, mask: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """Mean cross entropy of the whole batch, plus the spec's balance losses."""
-        return self._placed("loss", Batch(tokens, labels, cu), seed, local)
+        return self._placed("loss", Batch(tokens, labels, cu), seed, local, mask)
 
-    def _placed(self, task: str, batch: Batch, seed: Tensor | None, local: bool) -> Tensor:
+    def _placed(self, task: str, batch: Batch, seed: Tensor | None, local: bool, mask: Tensor | None) -> Tensor:
         """Run once all ranks have said that they run the same program on the same batch."""
         world, place = self._layout.world, self._layout.place
         try:
+            if mask is not None:
+                raise DataError("a model on a mesh takes no mask; pack the rows into one and say where they end: cu")
             runner, inputs = self._ready(task, batch, seed, local)
         except PlaitError as error:
             handshake(world, {}, str(error))

@@ -66,7 +66,8 @@ class Runner:
     """A program ready to be called with inputs and parameters; `compiled` layers are shared by programs that have them."""
 
     def __init__(self, program: Program, compiled: dict[Graph, CompiledLayer] | None) -> None:
-        self.program, self.entry = program, program.entry
+        self.program, self.entry, self.step = program, program.entry, None
+        self.paths = [name.split(".") for name in program.parameters]
         if compiled is None:
             return
         self.entry = fx.GraphModule(program.entry, program.entry.graph, "Entry")
@@ -74,6 +75,11 @@ class Runner:
             if layer not in compiled:
                 compiled[layer] = CompiledLayer(module, layer, program.fingerprint)
             self.entry.add_module(name, compiled[layer])
+        self.step = program.step and program.step({layer: compiled[layer] for layer in program.graph.layers})
 
-    def __call__(self, inputs: Sequence[torch.Tensor], params: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        return self.entry(*inputs, *params)
+    def __call__(
+        self, inputs: Sequence[torch.Tensor], params: Sequence[torch.Tensor], *, in_place: bool = False
+    ) -> tuple[torch.Tensor, ...]:
+        """The program's results; in place, new states may be written where the given ones are."""
+        made = self.step(inputs, params, in_place) if self.step is not None else None
+        return self.entry(*inputs, *params) if made is None else made

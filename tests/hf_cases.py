@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from tests import hf_cases_first, hf_cases_second
+from tests import hf_cases_first, hf_cases_second, hf_cases_third
 
 Tensor = torch.Tensor
 SIZES = {"vocab_size": 61, "hidden_size": 24, "num_hidden_layers": 2, "max_position_embeddings": 64, "dtype": "float32"}
@@ -121,13 +121,13 @@ CASES: dict[str, dict[str, Any]] = {
         "mamba_expand": 2, "layer_types": ["linear_attention", "full_attention"], "position_embedding_type": "rope",
     },
 }  # fmt: skip
-CASES |= hf_cases_first.CASES | hf_cases_second.CASES
+CASES |= hf_cases_first.CASES | hf_cases_second.CASES | hf_cases_third.CASES
 
 
 def config(name: str) -> dict[str, Any]:
     """A case's config.json."""
     own = CASES[name]
-    if own["model_type"] == "gpt2" or "text_config" in own:
+    if own["model_type"] in ("gpt2", "t5", "bart") or "text_config" in own:
         return own
     unknown = ("max_position_embeddings",) if own["model_type"] == "mamba2" else ()
     return {k: v for k, v in {**SIZES, **own}.items() if k not in unknown}

@@ -14,6 +14,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tests.hf_cases import CASES, config, product, tokens, weight, write
+from tests.hf_cases_third import source
 
 MADE = re.compile(r"(slope_rate|query_decay|key_decay|diagonal_decay)$")  # which the model makes itself
 REAL = (torch.float32, torch.float, torch.Tensor.float)
@@ -21,7 +22,7 @@ REAL = (torch.float32, torch.float, torch.Tensor.float)
 
 def golden(name: str) -> dict[str, Any]:
     """Some logits, the loss, and for every gradient its product with a wave."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     with tempfile.TemporaryDirectory() as folder:
         fields = config(name)
@@ -29,14 +30,17 @@ def golden(name: str) -> dict[str, Any]:
         whole: Any = AutoConfig.from_pretrained(folder)
         chosen = whole.get_text_config()  # of a composite model, the text alone
         fields = fields if chosen is whole else {**chosen.to_dict(), "architectures": None}
+        family = AutoModelForSeq2SeqLM if chosen.is_encoder_decoder else AutoModelForCausalLM
         # Saving tells the names that files have.
-        AutoModelForCausalLM.from_config(chosen, attn_implementation="eager").save_pretrained(folder)
+        family.from_config(chosen, attn_implementation="eager").save_pretrained(folder)
         from safetensors.torch import load_file
 
         shapes = {n: tuple(t.shape) for n, t in load_file(Path(folder) / "model.safetensors").items() if not MADE.search(n)}
+        if fields.get("tie_word_embeddings") is False and chosen.tie_word_embeddings:  # saved as tied, whatever was said
+            shapes |= {"lm_head.weight": (chosen.vocab_size, chosen.hidden_size)}
         write(Path(folder), fields, {n: weight(n, s) for n, s in shapes.items()})
         options: Any = {"attn_implementation": "eager", "experts_implementation": "eager", "dtype": torch.float32}
-        model = AutoModelForCausalLM.from_pretrained(folder, **options).double().eval()
+        model = family.from_pretrained(folder, **options).double().eval()
     return {"shapes": shapes, **measured(model)}
 
 
@@ -52,7 +56,8 @@ def measured(model: Any) -> dict[str, Any]:
         if hasattr(module, "_rnn_scan"):  # its default was float32 before any of this
             module._rnn_scan = partial(module._rnn_scan, acc_dtype=torch.float64)
     try:
-        logits = model(input_ids=tokens(), use_cache=False).logits
+        given = {"input_ids": source(), "decoder_input_ids": tokens()} if model.config.is_encoder_decoder else {"input_ids": tokens()}
+        logits = model(**given, use_cache=False).logits
         wanted = tokens()[:, 1:]
         loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), wanted.flatten())
         loss.backward()

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import typer
-from plait import cli_train
+from plait import cli_generate, cli_train
 from plait.cli_progress import clock, line
 from plait.frontends import dump_spec, load_spec
 from plait.runtime.rundir import checkpoint_file
@@ -27,6 +27,7 @@ FAST = ["--batch", "2", "--length", "17", "--eager"]
 def run(*args: object) -> Result:
     app = typer.Typer()
     cli_train.mount(app)
+    cli_generate.mount(app)
     return CliRunner().invoke(app, [str(a) for a in args])
 
 
@@ -125,7 +126,7 @@ def test_bench_compares(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_text_cannot_drive_a_terminal() -> None:
-    assert cli_train.visible("a\x1b[31m\té\n\x07") == "a·[31m\té\n·"
+    assert cli_generate.visible("a\x1b[31m\té\n\x07") == "a·[31m\té\n·"
 
 
 def test_the_bar_speaks_plainly() -> None:

@@ -176,6 +176,56 @@ def test_what_cannot_be_cached_is_refused_by_name():
     refused(parse("def f(x: f64[b, m]):\n    y = silu(x)\n    return y\n"), "m is a size of its inputs already")
 
 
+ROWS = [
+    [[9], [0], [4]],
+    [[5, 1, 3], [0, 2, 0], [3, 0, 1]],
+    [[1] * 9, [0] * 9, [1, 0] * 4 + [0]],
+]  # tokens of a row, call by call
+
+
+@pytest.mark.parametrize("counts", ROWS, ids=str)
+@pytest.mark.parametrize("options", ["rows=true", "rows=true paged=true"])
+def test_rows_packed_into_one_go_their_own_ways(counts: list[list[int]], options: str):
+    """What each row says in pieces, packed with others, is what it says alone and at once."""
+    packed = build(load_spec(SPEC), dtype="f64", packed=True)
+    cached = Pipeline.parse(f"with-cache{{{options}}},{DEFAULT}").run(packed, verify="types")
+    given, params = sample()
+    rows = [given[0], given[0], given[1, :4]]
+    sizes = {"n": 3, "m": ROOM, "w3": 3 - 1 + 9, "pages": 9, "page": 4}
+    states = [
+        torch.full([value(d, sizes) for d in s.type.shape], 0.0 if "state" in s.kind else 1e3).double()
+        for s in cache_states(cached)
+    ]
+    at, found = [0, 0, 0], [list[torch.Tensor]() for _ in rows]
+    for call in zip(*counts, strict=True):
+        own = [row[a : a + n] for row, a, n in zip(rows, at, call, strict=True)]
+        where = [
+            torch.arange(a, a + n) + 12 * r for r, (a, n) in enumerate(zip(at, call, strict=True))
+        ]  # pages 3 r, 3 r + 1, ...
+        told = [torch.cat(where)[None], torch.arange(9).view(3, 3)] if "paged" in options else []
+        cu = torch.tensor([0, *call]).cumsum(0)
+        y, *states = evaluate(cached, torch.cat(own)[None], cu, *told, torch.tensor(at), *states, params=params)
+        for into, part in zip(found, y[0].split(call), strict=True):
+            into.append(part)
+        at = [a + n for a, n in zip(at, call, strict=True)]
+    for row, parts, a in zip(rows, found, at, strict=True):
+        if a:
+            torch.testing.assert_close(
+                torch.cat(parts), evaluate(program(), row[None, :a], params=params)[0], rtol=1e-11, atol=1e-12
+            )
+
+
+def test_what_rows_cannot_have():
+    packed = build(load_spec(SPEC), dtype="f64", packed=True)
+    with pytest.raises(PassError, match=r"it is packed \(cu\); one `at` is for rows that are equally long"):
+        with_cache(packed)
+    with pytest.raises(PassError, match="last=true takes the last token of every row, and packed tokens are one row"):
+        with_cache(packed, rows=True, last=True)
+    kept = with_cache(program(), rows=True, last=True)[0]
+    assert [s.kind for s in cache_states(kept)] == [s.kind for s in cache_states(with_cache(program())[0])]
+    assert str(kept.outputs[0].type) == "f64[b, 1, 61]"
+
+
 def test_last_needs_a_head_of_its_own():
     flat = parse("def f(x: f64[b, s, 6]):\n    y = silu(x)\n    return y\n")
     refused(flat, "ends in no head of its own; last=true needs a last layer", last=True)

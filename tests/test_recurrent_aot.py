@@ -50,6 +50,17 @@ def test_the_gates_of_every_kernel(name: str, target: str) -> None:
         assert used.wide_loads >= used.loads // 2 or function == "decode", f"{function}: {used}"
 
 
+@pytest.mark.parametrize(("name", "target"), [("gated_delta_rule", "sm_90"), ("kimi_delta_attention", "sm_100")])
+def test_float32_fits(name: str, target: str) -> None:
+    """Products of float32 take three of tf32 each, whose operands registers hold: no spills, tensor cores all the same."""
+    found = compile_all([job(s, target) for s in steps(name, target, dtype=torch.float32)])
+    for c in found:
+        assert isinstance(c, Compiled), c
+        used = resources(c)
+        assert used.spills == used.stack == 0 and c.shared <= TARGETS[target].shared, f"{c.name}: {used}"
+        assert bool(used.tensor_core) == (c.name.split("_")[0] not in ("decode", "gates")), f"{c.name}: {used.tensor_core}"
+
+
 def test_nothing_that_is_compiled_varies_with_the_length() -> None:
     for a, b in zip(steps("gated_delta_rule", "sm_90"), steps("gated_delta_rule", "sm_90", tokens=77), strict=True):
         loose = {"t", "chunks", "n_rows"}

@@ -192,7 +192,7 @@ def test_a_declined_kernel_runs_op_by_op_and_says_why() -> None:
     packed = lowered("qwen3-next-80b-a3b-tiny", "cuda", packed=True).choices
     preamble = next(c for c in packed if c.op == "preamble")
     assert preamble.runs == "op by op" and preamble.why.startswith("no row kernel: ")
-    assert any(c.op == "causal_conv1d" and c.runs == "device.causal_conv1d" for c in packed)
+    assert any(c.op == "causal_conv1d" and c.runs == "attending.causal_conv1d" for c in packed)
     wide = lower(Pipeline.parse(DEFAULT).run(plait.program(short("llama-3-8b-tiny"), dtype="f64")), target="cuda").choices
     assert any("float64" in c.why for c in wide) and not any(c.runs == "row kernel" for c in wide)
 

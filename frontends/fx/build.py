@@ -15,7 +15,7 @@ from ...ir.ops.aten import NAMES, OPERANDS
 from ...ir.rearrange import Rearrangement, text
 from ...ir.sizes import Size
 from .export import Exported, TraceError
-from .handlers import HANDLERS
+from .handlers import HANDLERS, argument
 from .known import Known
 from .recognize import Table, recognized
 from .views import Symbols
@@ -176,7 +176,7 @@ class Tracing:
         target = str(node.target)
         if not target.startswith("aten."):
             raise TraceError(f"{target} is no op of torch's own, and nothing here has it{_line(node)}")
-        if torch.Tag.nondeterministic_seeded in node.target.tags:  # type: ignore[union-attr] # an op of torch
+        if _is_random(node):
             raise TraceError(f"{target} is random, and a graph is not: call eval() on the module first{_line(node)}")
         text_, operands = _Arguments(self, node).written()
         operands = operands or [self.value(self.inputs[0])]  # a table out of numbers is made where the first input is
@@ -219,16 +219,16 @@ class _Arguments:
         named = dict(zip((a.name for a in schema.arguments), self.node.args, strict=False)) | dict(self.node.kwargs)
         self._tensors(list(named.values()))
         parts, by_name = list[str](), False
-        for argument in schema.arguments:
-            if argument.name in PLACED or argument.name not in named:
+        for wanted in schema.arguments:
+            if wanted.name in PLACED or wanted.name not in named:
                 by_name = True
                 continue
-            default = argument.default_value if argument.has_default_value() else ...
-            if default is not ... and named[argument.name] == default and not isinstance(named[argument.name], fx.Node):
+            default = wanted.default_value if wanted.has_default_value() else ...
+            if default is not ... and named[wanted.name] == default and not isinstance(named[wanted.name], fx.Node):
                 by_name = True
                 continue
-            shown = self._shown(named[argument.name])
-            parts.append(f"{argument.name}={shown}" if by_name or argument.kwarg_only else shown)
+            shown = self._shown(named[wanted.name])
+            parts.append(f"{wanted.name}={shown}" if by_name or wanted.kwarg_only else shown)
         return ", ".join(parts), self.operands
 
     def _tensors(self, tree: Any) -> None:
@@ -305,6 +305,13 @@ class _Fresh:
 def _plain(name: str) -> str:
     made = re.sub(r"\W", "_", name, flags=re.ASCII)
     return made if made and not made[0].isdigit() else f"m_{made}"
+
+
+def _is_random(node: fx.Node) -> bool:
+    """Whether torch draws numbers for it; attention does only where it drops some."""
+    call: Any = node
+    quiet = "attention" in str(call.target) and not argument(call, 4, "dropout_p", 0.0)
+    return torch.Tag.nondeterministic_seeded in call.target.tags and not quiet
 
 
 def _target(node: fx.Node) -> str:

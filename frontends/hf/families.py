@@ -10,6 +10,7 @@ from ..problems import shown, suggest
 from . import (
     bailing,
     decoders,
+    encoders,
     gated_conv,
     gemma3,
     gptoss,
@@ -40,6 +41,7 @@ FAMILIES: dict[str, Callable[[Config], Plan]] = {
         shared_blocks.zamba2,
         qwen35.qwen3_5, qwen35.qwen3_5_text, qwen35.qwen3_5_moe, qwen35.qwen3_5_moe_text,
         gptoss.gpt_oss, olmo.olmo, olmo.olmo_hybrid, latent.deepseek_v2, gemma3.gemma3, minimax.minimax, bailing.bailing_hybrid,
+        encoders.t5, encoders.bart,
     )
 }  # fmt: skip
 

@@ -17,6 +17,7 @@ from .tensors import FLOATS, Entry, Mapped
 
 Tensor = torch.Tensor
 SHOWN = 40
+HEAD = "lm_head.weight"
 
 
 def read_spec(folder: str | Path) -> ModelSpec:
@@ -57,19 +58,19 @@ class Weights(Mapping[str, Tensor]):
 
     def __init__(self, plan: Plan, entries: Mapping[str, Entry], where: str) -> None:
         self.rules = {rule.target: rule for rule in map_of(plan, entries)}
-        self.where, self.mapped = where, Mapped()
-        head = "lm_head.weight"
-        self.entries = dict(entries)
-        embed = self.rules["embed"].parts[0].name
-        doubled = self.entries.pop(head, None) if plan.spec.tied else None
+        self.where, self.mapped, self.entries = where, Mapped(), dict(entries)
+        doubled = {n: self.entries.pop(n) for n in (*([HEAD] if plan.spec.tied else []), *plan.copies) if n in entries}
+        self.zeros = [n for n in plan.zeros if n not in entries]
         self._check()
-        if doubled and not (
-            doubled.shape == self.entries[embed].shape and torch.equal(*map(self._read, (doubled, self.entries[embed])))
-        ):
-            raise CheckpointError(f"{where}: the head is tied to the embedding, but {head} differs from {embed}")
+        embed = self.rules["embed"].parts[0].name
+        whole = self.entries[embed]
+        for name, copy in doubled.items():
+            if not (copy.shape == whole.shape and torch.equal(*map(self.mapped.tensor, (copy, whole)))):
+                what = "the head is tied to the embedding" if name == HEAD else "the embedding is there twice"
+                raise CheckpointError(f"{where}: {what}, but {name} differs from {embed}")
 
     def _check(self) -> None:
-        wanted = {p.name: p for r in self.rules.values() for p in r.parts}
+        wanted = {p.name: p for r in self.rules.values() for p in r.parts if p.name not in self.zeros}
         problems = [f"{n}: missing; must be {list(p.shape)}" for n, p in wanted.items() if n not in self.entries]
         problems += [f"{n}: is in the file, but no parameter" for n in self.entries if n not in wanted]
         both = [(n, self.entries[n], wanted[n]) for n in wanted if n in self.entries]
@@ -81,22 +82,37 @@ class Weights(Mapping[str, Tensor]):
             raise CheckpointError(f"{self.where}: the tensors do not fit the config\n  {text}")
 
     def __getitem__(self, name: str) -> Tensor:
-        rule = self.rules[name]
-        made = rule.assemble(lambda part: self._read(self.entries[part]))
-        if len(rule.parts) > 1:
-            for part in rule.parts:
-                self.mapped.release(self.entries[part.name])
+        rule, copied = self.rules[name], len(self.rules[name].parts) > 1
+        shapes = {part.name: part.shape for part in rule.parts}
+
+        def done(part: str) -> None:
+            if copied:  # before the next one is read, so that files and copies are never whole side by side
+                self._release(part)
+
+        made = rule.assemble(lambda part: self._read(part, shapes[part]), done)
+        if not copied and not self.mapped.holds(made):
+            self.release(name)
         return made
 
-    def _read(self, entry: Entry) -> Tensor:
+    def release(self, name: str) -> None:
+        """Let go of the file's pages of a parameter that has been copied; what was changed in a view of them is lost."""
+        for part in self.rules[name].parts:
+            self._release(part.name)
+
+    def _release(self, part: str) -> None:
+        if part in self.entries:
+            self.mapped.release(self.entries[part])
+
+    def _read(self, part: str, shape: tuple[int, ...]) -> Tensor:
+        """A tensor of the files, or zeros where the family leaves it out; refused where a number is none."""
+        if part in self.zeros:
+            return torch.zeros(shape, dtype=FLOATS[self.entries[self.rules["embed"].parts[0].name].dtype])
+        entry = self.entries[part]
         stored = self.mapped.tensor(entry)
         # The extremes of numbers are not a number where one of them is not.
         if stored.numel() and bool(stored.isnan().any() if stored.numel() < 2 else torch.stack(stored.aminmax()).isnan().any()):
-            raise CheckpointError(f"{entry.file}: {self._name(entry)} holds NaN; a model with it computes nothing")
+            raise CheckpointError(f"{entry.file}: {part} holds NaN; a model with it computes nothing")
         return stored
-
-    def _name(self, entry: Entry) -> str:
-        return next((n for n, e in self.entries.items() if e is entry), "a tensor")
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.rules)

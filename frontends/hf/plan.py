@@ -43,6 +43,9 @@ class Plan:
     other_prefix: str = "model."  # which some files have in its place
     derived: tuple[str, ...] = ()  # patterns of tensors that say nothing: tables the model makes itself
     renamed: tuple[tuple[str, str], ...] = ()  # prefixes that some files have, and what stands here for them
+    encoder: tuple[Placed, ...] = ()  # its blocks
+    copies: tuple[str, ...] = ()  # tensors that some files have beside the embedding, and that are it
+    zeros: tuple[str, ...] = ()  # tensors that are zeros in files without them
     config: Mapping[str, Any] = field(default_factory=dict[str, Any])  # what is written, where not what was read
 
 
@@ -81,6 +84,8 @@ def map_of(plan: Plan, names: Iterable[str] = ()) -> tuple[Rule, ...]:
         rules += read_rules(block.table, {**own, **sizes_of(block.kind)}, known, f"layers.{i}.", block.source)
         for j, (part, table) in enumerate(zip(block.mixers, block.parts, strict=True)):
             rules += read_rules(table, {**own, **sizes_of(part)}, known, f"layers.{i}.{prefix(j)}", block.source)
+    for i, block in enumerate(plan.encoder):
+        rules += read_rules(block.table, {**own, **sizes_of(block.kind)}, known, f"encoder.{i}.", block.source)
     check_bijection(rules, shapes)
     return tuple(rules)
 

@@ -15,6 +15,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 
@@ -79,21 +80,39 @@ class Rule:
         """Along which parts stand behind one another: the rows of each expert where parts are stacked."""
         return 1 if len(self.shape) == 3 and len(self.parts[0].shape) == 3 else 0
 
-    def assemble(self, take: Callable[[str], Tensor]) -> Tensor:
-        """The parameter, out of the file's tensors."""
+    def assemble(self, take: Callable[[str], Tensor], done: Callable[[str], None] = lambda name: None) -> Tensor:
+        """The parameter, out of the file's tensors; `done` hears of each that is in it, so that they need not be held together."""
         if self.made:
             return torch.tensor(self.made, dtype=torch.float64)
-        made = [part.rows(take(part.name)) for part in self.parts]
-        return (made[0] if len(made) == 1 else torch.cat(made, self.dim)).reshape(self.shape)
+        if len(self.parts) == 1:
+            made = self.parts[0].rows(take(self.parts[0].name)).reshape(self.shape)
+            done(self.parts[0].name)
+            return made
+        whole = torch.empty(0)
+        for part, place in zip(self.parts, self._places(), strict=True):
+            rows = part.rows(take(part.name))
+            whole = whole if whole.numel() else torch.empty(self._whole, dtype=rows.dtype)
+            whole = whole.to(torch.promote_types(whole.dtype, rows.dtype))
+            whole.narrow(self.dim, *place).copy_(rows)
+            done(part.name)
+        return whole.reshape(self.shape)
+
+    def _places(self) -> Iterator[tuple[int, int]]:
+        """Where each part begins in all of them, and how long it is."""
+        lengths = [part.row_shape[self.dim] for part in self.parts]
+        return zip(accumulate(lengths, initial=0), lengths, strict=False)
+
+    @property
+    def _whole(self) -> tuple[int, ...]:
+        """The shape of all parts behind one another."""
+        shapes = [part.row_shape for part in self.parts]
+        return (*shapes[0][: self.dim], sum(s[self.dim] for s in shapes), *shapes[0][self.dim + 1 :])
 
     def take_apart(self, parameter: Tensor) -> dict[str, Tensor]:
         """The file's tensors, out of the parameter."""
         if not self.parts:
             return {}
-        shapes = [part.row_shape for part in self.parts]
-        whole = [*shapes[0]]
-        whole[self.dim] = sum(s[self.dim] for s in shapes)
-        pieces = parameter.reshape(whole).split([s[self.dim] for s in shapes], self.dim)
+        pieces = [parameter.reshape(self._whole).narrow(self.dim, *place) for place in self._places()]
         return {part.name: part.stored(piece) for part, piece in zip(self.parts, pieces, strict=True)}
 
 

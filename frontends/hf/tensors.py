@@ -111,6 +111,11 @@ class Mapped:
             entry.shape
         )
 
+    def holds(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor is a view of a file's pages."""
+        begins = [torch.frombuffer(file, dtype=torch.uint8, count=1).data_ptr() for file in self.files.values()]
+        return any(b <= tensor.data_ptr() < b + len(f) for b, f in zip(begins, self.files.values(), strict=True))
+
     def release(self, entry: Entry) -> None:
         """Let go of the pages of a tensor that has been copied; no page that it shares with another is touched."""
         page = mmap.PAGESIZE

@@ -37,6 +37,7 @@ def $name($arguments):
         tl.store(p_w + i_w + o_w, w.to(C), mask=m_v)
         dv = w$times_beta
         tl.store(p_dv + i_w + o_w, dv.to(p_dv.dtype.element_ty), mask=m_v)
+        $load_q_read
         ds = $fade_back
         $read_back
     tl.store(p_dstate + i_state + o_kv, ds, mask=m_s)

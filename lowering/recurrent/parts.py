@@ -20,6 +20,7 @@ m_k = m[:, None] & inside(o_k, K, BK)[None, :]""",
 $load_q
 $load_k""",
     "gradient_gates": "$gates",
+    "load_q_read": "",
     "value_columns": "m_v = m[:, None] & inside(o_v, V, BV)[None, :]",
     "load_q": "q = tl.load(p_q + start * s_q_t + i_g * s_q_h + (o_i[:, None] * s_q_t + o_k[None, :]), mask=m_k, other=0.0)",
     "load_k": "k = tl.load(p_k + start * s_k_t + i_g * s_k_h + (o_i[:, None] * s_k_t + o_k[None, :]), mask=m_k, other=0.0)",
@@ -55,7 +56,7 @@ g = tl.load(p_decay + start * s_decay_t + i_h * s_decay_h + o_i * s_decay_t, mas
 g = tl.maximum(g, -128.0)
 sums = tl.cumsum(g, 0)"""
 _CHANNEL = "(start * H + i_h) * K + (o_i[:, None] * (H * K) + o_k[None, :])"
-# Loaded where they are used: registers need not hold all three at once.
+# Keys stand in front of a chunk, queries where they are used: registers need not hold all three at once.
 _Q_READ, _K_READ, _K_WRITE = (f"tl.load(p_{x} + {_CHANNEL}, mask=m_k, other=0.0)" for x in ("q_read", "k_read", "k_write"))
 _CHANNEL_SUMS = f"sums = tl.load(p_sums + {_CHANNEL}, mask=m_k, other=0.0)"
 _HEAD_GATES = """
@@ -130,20 +131,21 @@ tl.store(p_ddecay + (i_part * n_rows + start) * H + i_h + o_i * H, past, mask=m)
     },
     "channel": {
         "sums": _CHANNEL_SUMS,
+        "load_q_read": f"q_read = {_Q_READ}",
         "meeting": f"""
 $load_k_read
 k_write = {_K_WRITE}""",
         "gates": "fade = tl.load(p_fade + (i_c * H + i_h) * K + o_k, mask=inside(o_k, K, BK), other=0.0)[:, None]",
         "gradient_gates": f"{_CHANNEL_SUMS}\n{_CHANNEL_GATES}",
         "weighted_kk": "kk",
-        "read_q": f"reads({_Q_READ}, s_c, SPLIT, C, PRECISION)",
+        "read_q": "reads(q_read, s_c, SPLIT, C, PRECISION)",
         "read_k": "reads(k_read, s_c, SPLIT, C, PRECISION)",
         "write": "added(s * fade, tl.trans(k_write), u, C, PRECISION)",
         "fade_one": """
 g = tl.load(p_decay + row * s_decay_t + i_h * s_decay_h + o_k, mask=m_k, other=0.0).to(tl.float32)
 s *= tl.exp(g)[:, None]""",
         "write_back": "reads(k_write, ds, SPLIT, C, PRECISION)",
-        "fade_back": f"added(ds * fade, tl.trans({_Q_READ}), do * scale, C, PRECISION)",
+        "fade_back": "added(ds * fade, tl.trans(q_read), do * scale, C, PRECISION)",
         "read_back_k": "ds = added(ds, tl.trans(k_read), -dv, C, PRECISION)",
         "weights": "",
         "add_left_k": "",
@@ -289,6 +291,7 @@ scores += tl.where(o_i[:, None] == o_i[None, :], own[:, None], 0.0)""",
         "scores": "scores += tl.where(meets, product(q * near, tl.trans(near_k), C, PRECISION), 0.0)",
         "store_scores": "tl.store(p_scores + i_s + o_s, (scores * scale).to(C))",
         "output": """
+$load_q_read
 o = added($read_q * scale, tl.load(p_scores + i_s + o_s), u, C, PRECISION)
 tl.store(p_o + (start * H + i_h) * V + (o_i[:, None] * (H * V) + o_v[None, :]), o.to(p_o.dtype.element_ty), mask=m_v)""",
     },
