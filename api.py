@@ -14,7 +14,7 @@ from plait.frontends.hf import is_folder, load_hf, read_config, write_folder
 from plait.ir import CheckpointError, Graph, PlaitError, parse_mesh
 from plait.lowering import Program, lower
 from plait.passes import DEFAULT, Pipeline, placement
-from plait.runtime import CompiledModel, Variant, read_metadata
+from plait.runtime import CompiledModel, EncoderDecoder, Variant, read_metadata
 from plait.runtime.layout import layout_of
 from plait.runtime.mesh import here, together, within
 from plait.runtime.module import shifted
@@ -34,8 +34,9 @@ def as_spec(spec: Spec) -> ModelSpec:
 
 def program(spec: Spec, *, task: str = "logits", dtype: str = "", packed: bool = False, training: bool = False) -> Graph:
     """The typed IR of a spec, before any pass; `task` is logits, loss, or with states: cached, rows or paged."""
-    first = CACHED.get(task)
-    graph = build(as_spec(spec), task="logits" if first else task, dtype=dtype, packed=packed, training=training)
+    known, first = as_spec(spec), CACHED.get(task)
+    told = "reply" if known.encoder else "logits"  # what an encoder made is read once, and given from then on
+    graph = build(known, task=told if first else task, dtype=dtype, packed=packed, training=training)
     return Pipeline.parse(first).run(graph) if first else graph
 
 
@@ -78,6 +79,9 @@ def compile(
         with together(here(), {"spec": dump_spec(known), "seed": str(seed), **asdict(wish)}):
             layout = layout_of(_placed(known, graph, wish), here(), within(here(), parse_mesh(mesh)))
         model = PlacedModel(graph, make, layout, description=dump_spec(known), **options)
+    elif known.encoder:
+        tokens = {"start": known.encoder.start, "pad": known.encoder.pad}
+        model = EncoderDecoder(graph, make, description=dump_spec(known), **tokens, **options)
     else:
         model = CompiledModel(graph, make, description=dump_spec(known), **options)
     model.origin, model.home = origin, Path(source) if origin and isinstance(source, (str, Path)) else None

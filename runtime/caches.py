@@ -235,6 +235,8 @@ def position_limit(graph: Graph) -> int:
     """How many positions a program has a table of; 0 where it has none."""
     for node in graph.nodes:
         maker = graph.makers.get(node.operands[-1]) if node.is_op("embedding") else None
+        start = maker.attrs["by"] if maker is not None and maker.is_op("shift_positions") else 0
+        maker = graph.makers.get(maker.operands[0]) if maker is not None and start else maker
         if maker is not None and maker.is_op("positions"):
-            return int(node.operands[0].type.dims[0].size)
+            return int(node.operands[0].type.dims[0].size) - start
     return 0

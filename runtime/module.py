@@ -205,7 +205,8 @@ class CompiledModel(torch.nn.Module):
 
     def fresh_states(self, batch: int, length: int) -> list[Tensor]:
         """Empty caches and states for `batch` rows of up to `length` tokens."""
-        env, inputs = {"b": batch, "m": length}, self.runner(Variant("cached")).program.graph.inputs[2:]
+        given = self.runner(Variant("cached")).program.graph.inputs
+        env, inputs = {"b": batch, "m": length}, given[[v.name for v in given].index("at") + 1 :]
         shapes = [[bound_size(d.size, env) for d in v.type.dims] for v in inputs]
         dtypes = [self._state_dtype(v.type) for v in inputs]
         return [torch.zeros(shape, dtype=d, device=self.device) for shape, d in zip(shapes, dtypes, strict=True)]

@@ -36,8 +36,9 @@ class EagerHF:
         decoder_input_ids: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """Padding on either side is taken out and put back; positions are those of the real tokens."""
+        given = {} if decoder_input_ids is None else {"decoder_input_ids": decoder_input_ids}
         with torch.no_grad():
-            return m(input_ids, mask=attention_mask)
+            return m(input_ids, mask=attention_mask, **given)
 
     def packed_logits(self, m: CompiledModel, ids_flat: Tensor, cu_seqlens: Tensor) -> Tensor:
         with torch.no_grad():
@@ -47,14 +48,15 @@ class EagerHF:
         self, m: CompiledModel, inputs: Mapping[str, Tensor], labels: Tensor, shift: bool
     ) -> tuple[float, dict[str, Tensor]]:
         m.zero_grad()
-        wanted = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], -100)], 1)
-        loss = m.loss(inputs["input_ids"], wanted)
+        wanted = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], -100)], 1) if shift else labels
+        given = {k: v for k, v in inputs.items() if k == "decoder_input_ids"}
+        loss = m.loss(inputs["input_ids"], wanted, **given)
         loss.backward()
         grads = {name: p.grad for name, p in m.named_parameters() if p.grad is not None}
         return float(loss), dict(hf_tensors(m.origin, grads, self.names))
 
     def generate(self, m: CompiledModel, prompt: Tensor, n: int) -> Tensor:
-        return m.generate(prompt, n)[:, prompt.shape[1] :]
+        return m.generate(prompt, n)[:, -n:]
 
     def decode_logits(self, m: CompiledModel, prompt: Tensor, tokens: Tensor) -> Tensor:
         """By the program whose rows are equally long; `continue_logits` goes by that whose rows have their own lengths."""

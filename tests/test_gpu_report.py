@@ -190,9 +190,11 @@ def test_an_op_that_a_library_runs_is_said_to_be() -> None:
 
 def test_products_by_the_slower_instruction_are_a_fault() -> None:
     slow = Resources(90, 0, 0, 512, {"HGMMA": 4, "HMMA": 1}, 2, 2, 2, 2)
-    (row,) = rows(uses(graph_of(CASES["glu"][0], 64)), [], SIZES, no_bar)
-    bad = dataclasses.replace(row, used={"sm_80": slow, "sm_90": slow})
-    assert bad.faults == ("glu for sm_90: has products by HMMA, which reach half of what HGMMA does",)
+    wide = RULE.format("bf16").replace("16]", "64]")
+    for text, told in ((wide, 1), (RULE.format("bf16"), 0), (wide.replace("bf16", "f32"), 0)):
+        row, _ = rows(op_uses(parse(text)), [], {"b": 1, "s": 100}, no_bar)
+        bad = dataclasses.replace(row, used={"sm_80": slow, "sm_90": slow})
+        assert bad.faults == ("gated_delta_rule for sm_90: has products by HMMA, which reach half of what HGMMA does",) * told
 
 
 # -- compiling ----------------------------------------------------------------------------

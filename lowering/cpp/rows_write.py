@@ -55,7 +55,7 @@ class Writer:
     sizes: Mapping[str, str]  # name of every row size
     slots: Mapping[str, Slot]
     whole: frozenset[int]  # operands of whole numbers
-    rows: dict[Expr, tuple[str, int]] = field(default_factory=dict[Expr, tuple[str, int]])  # kept in an array; at which depth
+    rows: dict[Expr, tuple[str, int]] = field(default_factory=dict[Expr, tuple[str, int]])  # its place in an array; the depth
     waves: dict[tuple[object, ...], str] = field(default_factory=dict[tuple[object, ...], str])
     made: list[tuple[Expr, str]] = field(default_factory=list[tuple[Expr, str]])  # arrays that a visit is filling
     loc: str = ""
@@ -71,8 +71,8 @@ class Writer:
         if (found := scope.find(e)) is not None:
             return found
         if e in self.rows:
-            name, depth = self.rows[e]
-            return f"{name}{self.subscript(e.axes)}", max(depth, scope.level(e.axes))
+            place, depth = self.rows[e]
+            return place, max(depth, scope.level(e.axes))
         if e.op in ("const", "index"):
             return self.inline(e), scope.level(e.axes)
         args = [self.reference(a, scope) for a in e.args]
@@ -88,8 +88,8 @@ class Writer:
         at.lines.append(f"const {kind} {name} = {formula};{said}")
         at.names[e] = name
         if e in self.plan.kept and e not in self.rows:
-            kept = f"k{self.count}"
-            at.lines.append(f"{kept}{self.subscript(e.axes)} = {name};")
+            kept = f"k{name[1:]}"
+            at.lines.append(f"{kept}{self.subscript(e.axes & set(self.plan.inner))} = {name};")
             self.made.append((e, kept))
         return name
 
@@ -162,7 +162,7 @@ class Writer:
             inside.lines.append(f"{name}{self.subscript(e.axes)} = {self.text(e, inside)};")
 
         self.loops(scope, self.columns(e.axes), fill)
-        self.rows[e] = (name, scope.depth)
+        self.rows[e] = (f"{name}{self.subscript(e.axes)}", scope.depth)
 
     def function(self) -> list[str]:
         """Every line of the function's body."""
@@ -194,8 +194,9 @@ class Writer:
                 self.made = list[tuple[Expr, str]]()
                 before = len(scope.lines)
                 (self.total if isinstance(nest.ends[0], Expr) else self.stores)(nest, scope)
-                scope.lines[before:before] = [self.array(name, e.axes & set(self.plan.inner)) for e, name in self.made]
-                self.rows |= {e: (name, scope.depth) for e, name in self.made}
+                inner = set(self.plan.inner)
+                scope.lines[before:before] = [self.array(name, e.axes & inner) for e, name in self.made]
+                self.rows |= {e: (f"{name}{self.subscript(e.axes & inner)}", scope.depth) for e, name in self.made}
 
     # -- sums along a row -----------------------------------------------------------------
 
@@ -211,7 +212,7 @@ class Writer:
         self.loops(scope, kept, partial(self.row_total, nest.along, names, results))
         for e, name in names.items():
             if kept:
-                self.rows[e] = (f"{name}s", scope.depth)
+                self.rows[e] = (results[e], scope.depth)
             else:
                 scope.names[e] = name
 

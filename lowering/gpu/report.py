@@ -29,6 +29,7 @@ from .tuned import row_warps
 VIEWS = ("split", "reshape")  # other ways to see the same memory
 WIDE = 16  # bytes of the widest load of a thread
 WARP = 32  # threads: a row that gives each of them a wide load is worth one
+HGMMA_ROWS = 64
 DECODED = 64  # rows of the decode step that is counted
 AT_ONCE = 24  # jobs of one batch for each core: progress is told between batches
 Sizes = Mapping[str, int]
@@ -107,6 +108,7 @@ class Row:
     flops: int
     product: str  # dtype of its matrix products; float32 where it has none
     wide: bool  # whether rows are long and aligned, so that 128-bit loads are due
+    hopper: bool  # whether products are large enough for HGMMA, so that it is due where there is it
     used: Mapping[str, Resources | CompileError]  # by target, launches together
 
     def seconds(self, machine: Machine) -> float:
@@ -120,17 +122,16 @@ class Row:
     @property
     def faults(self) -> tuple[str, ...]:
         """What must not be."""
-        return tuple(f"{self.use.name} for {t}: {why}" for t, used in self.used.items() if (why := _fault(t, used, self.wide)))
+        return tuple(f"{self.use.name} for {t}: {why}" for t, used in self.used.items() if (why := self._fault(t, used)))
 
-
-def _fault(target: str, used: Resources | CompileError, wide: bool) -> str:
-    if isinstance(used, CompileError):
-        return f"does not compile: {used}"
-    if used.spills or used.stack:
-        return f"spills registers: {used.spills} times, {used.stack} bytes a thread"
-    if target == "sm_90" and "HMMA" in used.tensor_core:
-        return "has products by HMMA, which reach half of what HGMMA does"
-    return "has no 128-bit load, though its rows are long and aligned" if wide and not used.wide_loads else ""
+    def _fault(self, target: str, used: Resources | CompileError) -> str:
+        if isinstance(used, CompileError):
+            return f"does not compile: {used}"
+        if used.spills or used.stack:
+            return f"spills registers: {used.spills} times, {used.stack} bytes a thread"
+        if target == "sm_90" and self.hopper and "HMMA" in used.tensor_core:
+            return "has products by HMMA, which reach half of what HGMMA does"
+        return "has no 128-bit load, though its rows are long and aligned" if self.wide and not used.wide_loads else ""
 
 
 def generated(graph: Graph) -> RowKernel | Declined:
@@ -190,14 +191,23 @@ def _row(use: Use, used: Mapping[str, Resources | CompileError], sizes: Sizes) -
     launches = 0 if isinstance(made, Declined) else len(made.launches)
     if use.node is None:
         cost = kernel_bytes(use.graph, sizes), sum(flops(n, sizes) for n in use.graph.nodes)
-        return Row(use, declined, launches, *cost, "f32", wide, used)
+        return Row(use, declined, launches, *cost, "f32", wide, False, used)
     if use.half == "step":
         sizes = {**sizes, "b": DECODED, "s": 1}
     read = _state(use.node, sizes) if use.half == "step" else 0
-    half = all(v.type.dtype in ("bf16", "f16") for v in use.node.operands[:3])
-    return Row(
-        use, declined, launches, moved(use.node, sizes) + read, flops(use.node, sizes), "bf16" if half else "f32", wide, used
-    )
+    product, cost = _product(use.node), (moved(use.node, sizes) + read, flops(use.node, sizes))
+    return Row(use, declined, launches, *cost, product, wide, product == "bf16" and _large(use.node), used)
+
+
+def _product(node: Node) -> str:
+    """What the matrix products of an op are counted as."""
+    return "bf16" if all(v.type.dtype in ("bf16", "f16") for v in node.operands[:3]) else "f32"
+
+
+def _large(node: Node) -> bool:
+    """Whether heads fill the 64 rows that HGMMA multiplies; narrower ones stand in HMMA's."""
+    widths = [v.type.dims[-1].size for v in node.operands[:3] if len(v.type.dims) == 4]
+    return bool(widths) and all(isinstance(n, int) and n >= HGMMA_ROWS for n in widths)
 
 
 def _state(node: Node, sizes: Sizes) -> int:

@@ -54,14 +54,14 @@ def row_kernel(graph: Graph) -> RowKernel:
 @lru_cache(maxsize=1024)
 def _row_kernel(graph: Graph, text: str) -> RowKernel:
     """Graphs are equal whatever their values are called, so the text, whose names the source has, is part of the key."""
-    _check(graph)
+    check(graph)
     pool = Pool()
     first, second = pieces(graph, pool)
     made = _Source(graph, sections(first), sections(second, second=True))
     return made.kernel()
 
 
-def _check(graph: Graph) -> None:
+def check(graph: Graph) -> None:
     """Refuse what no row kernel takes."""
     for value in (*graph.inputs, *graph.outputs):
         if value.type.dtype == "f64":
@@ -81,7 +81,7 @@ class _Source:
         self.graph, self.first, self.second = graph, first, second
         rows = dict.fromkeys(d for v in (*graph.inputs, *graph.outputs) for d in sizes(v) if isinstance(d, str))
         self.sizes: dict[str, str] = {size: f"n_{i}" for i, size in enumerate(rows)}
-        self.slots, self.row = _slots(graph)
+        self.slots, self.row = slots_of(graph)
         self.calls = set[str]()
         self.name = f"plait_{graph.name}"
 
@@ -130,7 +130,7 @@ class _Source:
         return Writer(name, section, operands, self.sizes, self.slots, self.row, results, whole)
 
 
-def _slots(graph: Graph) -> tuple[dict[str, Slot], int]:
+def slots_of(graph: Graph) -> tuple[dict[str, Slot], int]:
     """Where each sum over rows lies among the partial sums."""
     slots, row = dict[str, Slot](), 0
     for s in sums_of(graph):
