@@ -1,6 +1,7 @@
 # make demo   train the demo model and sample from it (about ten minutes on two cores)
 # make test   the tests        make lint   ruff and pyright        make bench   timings against peers
 # make docs   the kernel and traffic tables in docs/ (every kernel compiled for four GPUs, none needed: minutes)
+# make families   what holds of every Hugging Face family, measured, in docs/families.md (minutes)
 
 PYTHON ?= python3
 VENV := .venv
@@ -10,7 +11,7 @@ READY := $(VENV)/.ready
 # One thread per test process: two of them on two cores, and numpy's own threads would only wait for each other.
 ONE_THREAD := OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1
 
-.PHONY: demo test lint bench docs clean
+.PHONY: demo test lint bench docs families oracle clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py $(DEMO)
@@ -28,6 +29,14 @@ bench: $(READY)
 
 docs: $(READY)
 	$(ONE_THREAD) $(BIN)/python -m plait docs docs
+
+families: $(READY)
+	$(ONE_THREAD) $(BIN)/python tests/hf_table.py
+
+# What transformers says of every case, in float64: run by hand where a case is new or changed.
+oracle: $(READY)
+	$(BIN)/python -m pip install -q -e '.[oracle]'
+	$(ONE_THREAD) $(BIN)/python tests/hf_make_golden.py $(CASES)
 
 # The link lets pyright read `import plait`, whose folder is the checkout itself whatever it is called.
 $(READY): pyproject.toml

@@ -16,6 +16,7 @@ from plait import (
     cli_generate,
     cli_kernels,
     cli_opt,
+    cli_trace,
     cli_train,
     cli_tune,
 )
@@ -33,6 +34,7 @@ for part in (
     cli_kernels,
     cli_opt,
     cli_explain,
+    cli_trace,
     cli_train,
     cli_generate,
     cli_tune,

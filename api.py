@@ -15,6 +15,7 @@ from plait.ir import CheckpointError, Graph, PlaitError, parse_mesh
 from plait.lowering import Program, lower
 from plait.passes import DEFAULT, Pipeline, placement
 from plait.runtime import CompiledModel, EncoderDecoder, Variant, read_metadata
+from plait.runtime.caches import meant_length
 from plait.runtime.layout import layout_of
 from plait.runtime.mesh import here, together, within
 from plait.runtime.module import shifted
@@ -24,7 +25,7 @@ from plait.tracing import Traced, compile_traced
 
 Spec = ModelSpec | str | Path | Mapping[str, Any]
 MODES = ("train", "infer")
-CACHED = {"cached": "with-cache", "rows": "with-cache{rows=true}", "paged": "with-cache{rows=true paged=true}"}
+CACHED = {"cached": (), "rows": ("rows=true",), "paged": ("rows=true", "paged=true")}  # what with-cache is told
 
 
 def as_spec(spec: Spec) -> ModelSpec:
@@ -32,12 +33,20 @@ def as_spec(spec: Spec) -> ModelSpec:
     return spec if isinstance(spec, ModelSpec) else load_spec(spec)
 
 
-def program(spec: Spec, *, task: str = "logits", dtype: str = "", packed: bool = False, training: bool = False) -> Graph:
-    """The typed IR of a spec, before any pass; `task` is logits, loss, or with states: cached, rows or paged."""
-    known, first = as_spec(spec), CACHED.get(task)
-    told = "reply" if known.encoder else "logits"  # what an encoder made is read once, and given from then on
-    graph = build(known, task=told if first else task, dtype=dtype, packed=packed, training=training)
-    return Pipeline.parse(first).run(graph) if first else graph
+def program(
+    spec: Spec, *, task: str = "logits", dtype: str = "", packed: bool = False, training: bool = False, last: bool = False
+) -> Graph:
+    """The typed IR of a spec, before any pass; `task` is logits, loss, or with states: cached, rows or paged.
+
+    With `last`, a program with states gives the logits behind each row's last token alone.
+    """
+    known, told = as_spec(spec), CACHED.get(task)
+    if told is None:
+        return build(known, task=task, dtype=dtype, packed=packed, training=training)
+    # What an encoder made is read once, and given from then on.
+    graph = build(known, task="reply" if known.encoder else "logits", dtype=dtype, packed=packed, training=training)
+    options = " ".join([*told, *(["last=true"] if last else [])])
+    return Pipeline.parse(f"with-cache{{{options}}}").run(graph)
 
 
 @overload
@@ -84,6 +93,7 @@ def compile(
         model = EncoderDecoder(graph, make, description=dump_spec(known), **tokens, **options)
     else:
         model = CompiledModel(graph, make, description=dump_spec(known), **options)
+    model.meant = meant_length(graph, known.max_length)
     model.origin, model.home = origin, Path(source) if origin and isinstance(source, (str, Path)) else None
     return model if mode == "train" else model.eval().requires_grad_(False)
 
@@ -138,11 +148,18 @@ def _prepared(spec: Spec, wish: Wish) -> tuple[ModelSpec, Callable[[Variant], Pr
     if wish.place and not wish.mesh:
         raise PlaitError(f"place is {wish.place!r}, but no mesh is given; give one, such as mesh='cp=2'")
     known = as_spec(spec)
+    if wish.mesh and known.encoder:
+        raise PlaitError(
+            f"mesh is {wish.mesh!r}, but {known.name} has an encoder, and ranks share batches of one sequence a row alone; "
+            "leave mesh out, and wrap the model in DistributedDataParallel"
+        )
     first = placed_text(known, wish)
     pipeline = Pipeline.parse(",".join(text for text in (first, wish.passes) if text.strip()))
 
     def make(variant: Variant) -> Program:
-        graph = program(known, task=variant.task, dtype=wish.dtype, packed=variant.packed, training=variant.training)
+        graph = program(
+            known, task=variant.task, dtype=wish.dtype, packed=variant.packed, training=variant.training, last=variant.last
+        )
         return lower(pipeline.run(graph), target=wish.target, mesh=parse_mesh(wish.mesh) if wish.mesh else None)
 
     return known, make, build(known, dtype=wish.dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from plait.cli_output import fail_cleanly, problem, write_json, write_out
+from plait.cli_output import fail_cleanly, note, problem, write_json, write_out
 
 if TYPE_CHECKING:
     from plait.runtime import CompiledModel
@@ -166,7 +167,11 @@ def fresh(model: CompiledModel, start: list[int], count: int, ends: frozenset[in
     """The tokens after the prompt, up to one that ends it; what is wrong with the prompt is said at once."""
     import torch
 
-    stream = model.stream([torch.tensor(start, dtype=torch.int64)], count, stop=[*ends] or None, **how)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        stream = model.stream([torch.tensor(start, dtype=torch.int64)], count, stop=[*ends] or None, **how)
+    for warning in said:
+        note(f"plait: {warning.message}")
     return takewhile(lambda token: token not in ends, map(int, stream))
 
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from plait.frontends.fx import Built, Exported, build_graph, export
-from plait.ir import Graph, PassError, PlaitError, Value, evaluate
+from plait.ir import Graph, PassError, PlaitError, Value, evaluate, parameters
 from plait.lowering import lower
-from plait.passes import DEFAULT, Pipeline, Remark, raise_families, raise_family
+from plait.passes import DEFAULT, Pipeline, Remark, flat_name, outline_layers, raise_families, raise_family
 from plait.passes.fusions import GLU, PATTERNS
 from plait.runtime.traced import TracedModel
 from torch.utils import _pytree as pytree
@@ -21,7 +21,8 @@ from torch.utils import _pytree as pytree
 Tensor = torch.Tensor
 SEMANTIC = (
     "rms_norm", "layer_norm", "l2_norm", "rope", "attention", "route", "dispatch", "grouped_linear", "combine",
-    "causal_conv1d", "gated_delta_rule", "delta_rule", "kimi_delta_attention", "ssd", "gated_linear_attention", "softcap",
+    "causal_conv1d", "gated_delta_rule", "delta_rule", "kimi_delta_attention", "ssd", "gated_linear_attention",
+    "selective_scan", "softcap",
 )  # fmt: skip
 # How close a raise must be, by the shortest float of the trace, for values and for gradients: of the largest number there.
 WITHIN = {torch.float64: (1e-9, 1e-8), torch.float32: (1e-5, 1e-4), torch.bfloat16: (4e-2, 8e-2), torch.float16: (1e-2, 4e-2)}
@@ -38,16 +39,18 @@ class Line:
 
 @dataclass(frozen=True)
 class TraceReport:
-    """What a trace was raised to, what stays torch's own, what was held back and why."""
+    """What a trace was raised to, what stays torch's own, which layers repeat, what was held back and why."""
 
     raised: tuple[Line, ...]
     aten: tuple[Line, ...]
+    layers: tuple[Line, ...]
     held: tuple[str, ...]
     symbolic: bool
     nodes: int
 
     def __str__(self) -> str:
         parts = ["raised:", *_table(self.raised), "torch's own:", *_table(self.aten)]
+        parts += ["layers:", *_table(self.layers)] if self.layers else []
         parts += [f"held back: {h}" for h in self.held]
         return "\n".join([*parts, f"{self.nodes} ops, sizes {'symbolic' if self.symbolic else 'as in the example'}"])
 
@@ -69,17 +72,20 @@ class Traced:
     @property
     def params(self) -> dict[str, Tensor]:
         """Every parameter of the graph, as the module has it."""
-        return {name: find(self.module) for name, find in finders(self.exported, self.built).items()}
+        found = finders(self.exported, self.built)
+        return {name: found[flat_name(name)](self.module) for name in parameters(self.graph)}
 
 
 def trace_module(
-    module: torch.nn.Module, example: Any, *, gradients: bool = True, symbolic: bool = True, raising: bool = True
-) -> Traced:
+    module: torch.nn.Module, example: Any, *, gradients: bool = True, symbolic: bool = True, raising: bool = True,
+    layers: bool = True,
+) -> Traced:  # fmt: skip
     """Trace an eager module on an example (a tensor, a tuple of arguments, or a dict of named ones) into a graph.
 
     Norms, rotations, attention and recurrences that it writes out become ops that passes know; each such step is taken only
     where values, and with `gradients` gradients too, stay those of the module. Batch and length stay symbols where they can:
-    without `symbolic`, or where the module needs its sizes as numbers, the graph is for the example's sizes alone.
+    without `symbolic`, or where the module needs its sizes as numbers, the graph is for the example's sizes alone. What
+    repeats, `layers.0`, `layers.1`, is a layer that the graph calls; without `layers` the graph is flat.
     """
     exported, built, held = _exported(module, example, symbolic)
     proof = Proof.of(exported, built, gradients)
@@ -92,7 +98,8 @@ def trace_module(
     if why:
         raise PassError(f"the trace of {type(module).__name__} is not what the module computes: {why}; is it random?")
     graph, more = _raised(built.graph, proof) if raising else (built.graph, [])
-    return Traced(graph, _report(graph, exported, [*held, *more]), module, exported, built)
+    made = outline_layers(graph)[0] if layers else graph
+    return Traced(made, _report(graph, made, exported, [*held, *more]), module, exported, built)
 
 
 def _exported(module: torch.nn.Module, example: Any, symbolic: bool) -> tuple[Exported, Built, list[str]]:
@@ -244,7 +251,8 @@ def _raised(graph: Graph, proof: Proof) -> tuple[Graph, list[str]]:
     return graph, held
 
 
-def _report(graph: Graph, exported: Exported, held: list[str]) -> TraceReport:
+def _report(graph: Graph, made: Graph, exported: Exported, held: list[str]) -> TraceReport:
+    """Of the flat graph, and of the layers that were made of it."""
     found, own = dict[str, list[str]](), dict[str, list[str]]()
     for node in graph.nodes:
         if node.is_op("aten"):
@@ -258,8 +266,13 @@ def _report(graph: Graph, exported: Exported, held: list[str]) -> TraceReport:
             found.setdefault("gated mlp", []).extend(two)
     for where, what in exported.found:
         found.setdefault(f"{what} (function)", []).append(where)
-    lines = [tuple(Line(k, len(v), _places(v)) for k, v in sorted(x.items())) for x in (found, own)]
-    return TraceReport(lines[0], lines[1], tuple(held), bool(graph.symbols), len(graph.nodes))
+    raised, aten = (tuple(Line(k, len(v), _places(v)) for k, v in sorted(x.items())) for x in (found, own))
+    return TraceReport(raised, aten, _layers(made), tuple(held), bool(graph.symbols), len(graph.nodes))
+
+
+def _layers(graph: Graph) -> tuple[Line, ...]:
+    calls = {layer: [n.loc for n in graph.nodes if n.callee == layer] for layer in graph.layers}
+    return tuple(Line(layer.name, len(locs), f"{_places(locs)}, {len(layer.nodes)} ops") for layer, locs in calls.items())
 
 
 def _is_gated(graph: Graph, operands: Iterable[Value]) -> bool:
@@ -280,7 +293,7 @@ def compile_traced(traced: Traced, *, target: str = "cpu", passes: str = DEFAULT
     """A module that runs and trains with the traced module's own weights."""
     program = lower(Pipeline.parse(passes).run(traced.graph), target=target)
     find = finders(traced.exported, traced.built)
-    order = [find[name] for name in program.parameters]
+    order = [find[flat_name(name)] for name in program.parameters]
     exported, built = traced.exported, traced.built
     example = (exported.args, dict(exported.kwargs))
     out = exported.program.call_spec.out_spec

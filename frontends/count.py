@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from .encoder import relative_of
 from .kinds import Attention, Gdn, Kda, Mamba2, Mla, Mlp, Moe
 from .kinds_cross import Cross
 from .kinds_lightning import Lightning
@@ -11,7 +12,6 @@ from .kinds_scan import GatedConv, Lru, Mamba1
 from .parallel import Parallel
 from .sequence import Kind
 from .shared import Shared
-from .encoder import relative_of
 from .spec import ModelSpec
 
 

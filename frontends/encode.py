@@ -54,7 +54,7 @@ def encoded(b: Builder, spec: ModelSpec, table: Value, given: dict[str, Value]) 
     graphs: dict[Any, Graph] = {}
     for name, kind in kinds_of(blocks).items():
         types = {n: own[n].type for n in _reads(kind, own)}
-        graphs[kind] = build_layer(kind, spec, dtype, types, f"encoder_{name}")
+        graphs[kind] = build_layer(kind, spec, dtype, types, f"encoder_{name}", "u")
     for i, kind in enumerate(blocks):
         with b.at(f"encoder.{i}"):
             mine = _forked(own, len(spec.blocks) + i)

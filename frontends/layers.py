@@ -289,10 +289,10 @@ MIXERS: dict[str, Mixer] = {
 }  # fmt: skip
 
 
-def build_layer(kind: Any, spec: ModelSpec, dtype: str, shared: Mapping[str, Any], name: str) -> Graph:
+def build_layer(kind: Any, spec: ModelSpec, dtype: str, shared: Mapping[str, Any], name: str, length: str = "s") -> Graph:
     """`x + mixer(norm(x))` of one kind, normed where the spec says; `shared` are the types of what else it reads, by name."""
     b = Builder(name, "layer")
-    x = b.input("x", tensor_type(dtype, "b", "s", spec.hidden))
+    x = b.input("x", tensor_type(dtype, "b", length, spec.hidden))
     layer = Layer(b, spec, dtype, {n: b.input(n, t) for n, t in shared.items()})
     with b.at(name):
         place = kind.norm_place or spec.norm_place

@@ -22,8 +22,9 @@ def memory_graph(kind: Cross, spec: ModelSpec, dtype: str, memory: TensorType, n
     """The keys and values of a cross attention: what of the encoder its block remembers."""
     b = Builder(f"{name}_memory", "layer")
     at = Layer(b, spec, dtype, {})
-    wide = at.linear(b.input("memory", memory), "w_kv", 2 * kind.kv_width, bias=kind.bias)
-    return b.finish([heads(y, kind.kv_heads) for y in ops.split(wide, sizes=(kind.kv_width, kind.kv_width))])
+    with b.at(f"{name}.memory"):
+        wide = at.linear(b.input("memory", memory), "w_kv", 2 * kind.kv_width, bias=kind.bias)
+        return b.finish([heads(y, kind.kv_heads) for y in ops.split(wide, sizes=(kind.kv_width, kind.kv_width))])
 
 
 def biased(at: Layer, q: Value, k: Value, v: Value, kind: Any) -> Value | None:

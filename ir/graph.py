@@ -165,6 +165,18 @@ class Builder:
             self.under_way[outputs[0]] = full
         return outputs
 
+    def again(self, node: Node, inputs: Sequence[Value | None]) -> tuple[Value, ...]:
+        """Emit a node over other values; where these have its operands' types, its results have theirs."""
+        pairs = zip(node.inputs, inputs, strict=True)
+        if any((a is None) != (b is None) or (a and b and a.type is not b.type and a.type != b.type) for a, b in pairs):
+            return self.emit(node.op, inputs, node.attrs, [o.name for o in node.outputs], node.loc)
+        self._arrive(node.op, inputs, node.attrs, node.loc)
+        outputs = tuple(Value(o.name, o.type, self) for o in node.outputs)
+        self.nodes.append(Node(node.op, tuple(inputs), node.attrs, outputs, node.loc))
+        if isinstance(node.op, OpDef) and node.op.begins:
+            self.under_way[outputs[0]] = node.attrs
+        return outputs
+
     def _arrive(self, op: OpDef | Graph | None, inputs: Iterable[Value | None], attrs: Mapping[str, Any], loc: str) -> None:
         """What is under way is read once, by its end; an end reads nothing else."""
         ends, at = isinstance(op, OpDef) and op.ends, f" (at {loc})" if loc else ""
@@ -239,7 +251,7 @@ class Replay:
     def keep(self, node: Node) -> tuple[Value, ...]:
         """Emit a node as it is, over the new values."""
         inputs = [self.env[v] if v is not None else None for v in node.inputs]
-        return self.builder.emit(node.op, inputs, node.attrs, [o.name for o in node.outputs], node.loc)
+        return self.builder.again(node, inputs)
 
     def run(self, visit: Visit, nodes: Sequence[Node] | None = None) -> Graph:
         """`visit` returns a node's replacement values, or None to keep it."""

@@ -25,12 +25,18 @@ Types = list[TensorType | None]
 
 
 def random_graph(seed: int) -> Graph:
-    """A graph that calls layers and kernels, over every op, symbolic sizes, splits, orders and partial sums."""
+    """A graph that calls layers and kernels, over every op, symbolic sizes, splits, orders and partial sums.
+
+    The entry has one op by the seed: as many seeds in a row as there are ops reach every one that has samples.
+    """
     rng, made = random.Random(seed), list[Graph]()
+    sampled = _sampled_ops()
     for role in ("kernel", "kernel", "layer", "layer", "graph"):
         grower = Grower(rng, Builder(rng.choice(["f", "g", "silu"]), role), tuple(made) if role != "kernel" else ())
         for _ in range(rng.randrange(1, 6)):
             grower.grow()
+        if role == "graph":
+            grower.grow_op(sampled[seed % len(sampled)])
         made.append(grower.finish())
     return made[-1]
 
@@ -54,7 +60,7 @@ class Grower:
         elif self.values and dice < 0.5:
             self._move(self.rng.choice(self.values).type)
         else:
-            self._sampled(self.rng.choice([o for o in OPS.values() if o not in (*COLLECTIVES, *UNDER_WAY)]))
+            self.grow_op(self.rng.choice(_sampled_ops()))
 
     def finish(self) -> Graph:
         """A graph of some of the results."""
@@ -87,7 +93,8 @@ class Grower:
         elif type_.dims:
             self._emit(OPS["shard"], [type_], {"axis": "cp", "dim": 0})
 
-    def _sampled(self, op: OpDef) -> None:
+    def grow_op(self, op: OpDef) -> None:
+        """Emit a sample of an op."""
         xs, attrs = sample(op, torch.Generator().manual_seed(self.rng.randrange(99)))
         dtype = self.rng.choice(["f64", "bf16"])
         types = [_typed(x, dtype) if x is not None else None for x in xs]
@@ -115,6 +122,11 @@ class Grower:
         except (TypeMismatch, PlacementError):
             return types
         return made
+
+
+def _sampled_ops() -> list[OpDef]:
+    """Ops that samples say how to call; a collective stands where a type asks for it."""
+    return [o for o in OPS.values() if o not in (*COLLECTIVES, *UNDER_WAY)]
 
 
 def _typed(x: torch.Tensor, dtype: str) -> TensorType:

@@ -9,6 +9,7 @@ from torch import fx
 
 from ..ir import Graph, Mesh, Node, PlaitError, Value, parameters
 from .cpp.step_run import step_of
+from .cpp_ops import Rows, cpp_op
 from .foreign import foreign_call
 from .gpu.tuned import digest as tuned_digest
 from .local import local_kernel
@@ -94,8 +95,9 @@ class _Emitter:
     def _kernel(self, kernel: Graph, loc: str) -> str:
         if kernel not in self.kernels:
             name = self.kernels[kernel] = f"kernel{len(self.kernels)}"
-            made = self._row_kernel(kernel, loc) if self.target in ROW_KERNELS else None
-            self.root.add_module(name, made or _Emitter(kernel, self.target, self.choices).module())
+            own = self._row_kernel(kernel, loc) if self.target in ROW_KERNELS else None
+            own = self._cpp_kernel(kernel, loc) if self.target == "cpu" else own
+            self.root.add_module(name, own or _Emitter(kernel, self.target, self.choices).module())
         return self.kernels[kernel]
 
     def _row_kernel(self, kernel: Graph, loc: str) -> fx.GraphModule | None:
@@ -109,6 +111,15 @@ class _Emitter:
         why = f"one pass forward; backward op by op: {back}" if back else "one pass forward, one backward"
         self.choices.append(Choice(self.graph.name, kernel.name, loc, "row kernel", why))
         return _called(made)
+
+    def _cpp_kernel(self, kernel: Graph, loc: str) -> Rows | None:
+        """The kernel as one op in C++ where that is faster; op by op for one token a row, where a call would cost more."""
+        try:
+            made, why = cpp_op(local_kernel(kernel, self.mesh))
+        except Declined:  # its ops stand among the choices one by one, fused by torch.compile
+            return None
+        self.choices.append(Choice(self.graph.name, kernel.name, loc, "C++ rows", why))
+        return Rows(kernel, _called(made), _Emitter(kernel, self.target, []).module())
 
     def _results(self, node: Node, made: fx.Node) -> None:
         """Name the results; a graph always gives a tuple, an op only when it has several results."""

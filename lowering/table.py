@@ -54,6 +54,7 @@ _CPU: dict[str, Form] = {
     "cached_write": Form(forms.cached_write, "in place: the cache that is read is dead"),
     "page_write": Form(forms.page_write, "in place: the pool that is read is dead"),
     "cached_attention": Form(forms.cached_attention, "each row's own part of its ring, as attention's blocks"),
+    "paged_attention": Form(forms.paged_attention, "pages side by side are read where they lie, others a few at a time"),
     "route": Form(forms.route, "top-k on integer keys that are unique, so that ties have one answer"),
     "dispatch": Form(forms.dispatch, "one stable sort"),
     "grouped_linear": Form(forms.grouped_linear, "a GEMM per expert that has rows"),

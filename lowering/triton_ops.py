@@ -28,7 +28,17 @@ Tensor = torch.Tensor
 Maybe = Tensor | None
 Compute = Callable[[Graph, Sequence[Tensor]], tuple[Tensor, ...]]
 _LOCK = threading.RLock()
-_KNOWN = dict[tuple[Graph, bool], "KernelOp"]()
+_KNOWN = dict[tuple[Graph, str], "KernelOp"]()
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a kernel's ops run: what computes its graphs, which of them it takes, and whether torch.compile sees their bodies."""
+
+    suffix: str  # of the ops' names
+    compute: Compute
+    check: Callable[[Graph], object]  # raises Declined, with the reason
+    seen: bool
 
 
 @dataclass(frozen=True)
@@ -52,35 +62,39 @@ def kernel_op(kernel: Graph, *, interpreted: bool = False) -> KernelOp:
     On a CUDA device they launch Triton, elsewhere they are the ops' torch code, which torch.compile fuses; `interpreted`
     ones run the Triton source on the CPU, slowly.
     """
+    return registered(kernel, INTERPRETED if interpreted else TRITON)
+
+
+def registered(kernel: Graph, way: Way) -> KernelOp:
+    """The ops of a kernel that run one way."""
     with _LOCK:
-        if (kernel, interpreted) not in _KNOWN:
-            _KNOWN[kernel, interpreted] = _register(kernel, interpreted)
-        return _KNOWN[kernel, interpreted]
+        if (kernel, way.suffix) not in _KNOWN:
+            _KNOWN[kernel, way.suffix] = _register(kernel, way)
+        return _KNOWN[kernel, way.suffix]
 
 
-def backward_declined(kernel: Graph) -> str:
+def backward_declined(kernel: Graph, check: Callable[[Graph], object] = row_kernel) -> str:
     """Why the gradient of all results, for all operands, has no row kernel; empty where it has one."""
     made = gradient(kernel, (True,) * len(kernel.outputs), (True,) * len(kernel.inputs))
     try:
         if made is not None and made.layout.computed.outputs:
-            row_kernel(made.layout.computed)
+            check(made.layout.computed)
     except Declined as declined:
         return str(declined)
     return ""
 
 
-def _register(kernel: Graph, interpreted: bool) -> KernelOp:
+def _register(kernel: Graph, way: Way) -> KernelOp:
     distinct = tuple(dict.fromkeys(kernel.outputs))
     order = tuple(distinct.index(v) for v in kernel.outputs)
     kernel = replace(kernel, outputs=distinct)
-    row_kernel(layout(kernel).computed)
+    way.check(layout(kernel).computed)
     if layout(kernel).views and not all(v.type.is_float for v in distinct):
         raise Declined("a result is a view of an operand and another is no float")
     digest = hashlib.sha256(f"{kernel.key}{fingerprint()}".encode()).hexdigest()[:12]
-    name = f"plait::{kernel.name}_{digest}{'_interpreted' if interpreted else ''}"
-    compute = _interpreted if interpreted else _compiled
-    forward = _define(name, _forward(kernel, compute), _forward(kernel, room), interpreted)
-    backward = _define(f"{name}_backward", _backward(kernel, compute), _backward(kernel, room), interpreted)
+    name = f"plait::{kernel.name}_{digest}{way.suffix}"
+    forward = _define(name, _forward(kernel, way.compute), _forward(kernel, room), way.seen)
+    backward = _define(f"{name}_backward", _backward(kernel, way.compute), _backward(kernel, room), way.seen)
     forward.register_autograd(partial(_pull, kernel, backward), setup_context=partial(_keep, kernel))
     backward.register_autograd(partial(_no_second, kernel.name))
     space, _, bare = name.partition("::")
@@ -89,9 +103,9 @@ def _register(kernel: Graph, interpreted: bool) -> KernelOp:
     return KernelOp(kernel, op, op_backward, call, order)
 
 
-def _define(name: str, body: Callable[..., Any], fake: Callable[..., Any], interpreted: bool) -> Any:
-    """A torch op. Its body is seen through by torch.compile, unless it is interpreted; `fake` gives shapes alone."""
-    made: Any = (torch.library.custom_op if interpreted else torch.library.triton_op)(name, body, mutates_args=())
+def _define(name: str, body: Callable[..., Any], fake: Callable[..., Any], seen: bool) -> Any:
+    """A torch op. Its body is seen through by torch.compile where it is `seen`; `fake` gives shapes alone."""
+    made: Any = (torch.library.triton_op if seen else torch.library.custom_op)(name, body, mutates_args=())
     made.register_fake(fake)
     return made
 
@@ -134,6 +148,9 @@ def _launch_interpreted(
 ) -> None:  # fmt: skip
     interpret(getattr(module, function), (programs,), **arguments, num_warps=warps)
 
+
+TRITON = Way("", _compiled, row_kernel, seen=True)
+INTERPRETED = Way("_interpreted", _interpreted, row_kernel, seen=False)
 
 # -- the ops' bodies ----------------------------------------------------------------------
 

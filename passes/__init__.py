@@ -18,6 +18,7 @@ from .recompute import recompute
 from .registry import NUMERICS, PASSES, Option, Pass, register
 from .remarks import Remark
 from .reorders import move_reorders
+from .repeats import flat_name, outline_layers
 from .residual import carry_residual
 from .rewrite import Rule, rewrite
 from .rows import outline_rows
@@ -31,9 +32,9 @@ DEFAULT = "canonicalize,carry-residual,fuse,outline-rows,dce"
 __all__ = [
     "DEFAULT", "NUMERICS", "PASSES", "Event", "Option", "Pass", "PassFailed", "Pipeline", "Region", "Remark", "Report",
     "Rule", "State", "balance", "cache_states", "canonicalize", "carry_residual", "check_types", "convex", "cse", "dce",
-    "differentiate", "fold_orders", "fuse", "hoist_exchanges", "imbalance", "inline", "inline_kernels",
+    "differentiate", "flat_name", "fold_orders", "fuse", "hoist_exchanges", "imbalance", "inline", "inline_kernels",
     "join_views", "merge_exchanges",
-    "move_reorders", "outline", "outline_all", "outline_rows", "overlap", "place", "placement",
+    "move_reorders", "outline", "outline_all", "outline_layers", "outline_rows", "overlap", "place", "placement",
     "raise_families", "raise_family", "raise_ops", "read_reproducer", "recompute",
     "region", "register", "rewrite", "simplify", "split_batch", "split_experts", "split_features", "validate",
     "with_cache",

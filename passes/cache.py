@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 from ..ir import Builder, Dim, Graph, Node, OpDef, PassError, Replay, TensorType, Value, ops
 from ..ir.sizes import plus
@@ -50,7 +52,7 @@ class _Style:
 
 @register(numerics="exact", model=True)
 def with_cache(graph: Graph, *, last: bool = False, rows: bool = False, paged: bool = False) -> Outcome:
-    """The program that continues where it stopped: inputs `at` and every state, states out; `last` keeps the last token alone.
+    """The program that continues where it stopped: inputs `at` and every state, states out; `last` keeps each row's last token.
 
     Prefill and decode are this one graph. Inputs are the given ones, `at`, then states; results the given ones, then states
     in the same order. A fresh sequence has at = 0 and zeros everywhere.
@@ -60,8 +62,6 @@ def with_cache(graph: Graph, *, last: bool = False, rows: bool = False, paged: b
     each token's stand (-1: nowhere), `table` which pages each row has.
     """
     _refuse(graph, rows or paged)
-    if last and _borders(graph):
-        raise PassError("with-cache: last=true takes the last token of every row, and packed tokens are one row; leave it out")
     made = _Caching(graph, last, _Style(_rows(graph), paged) if rows or paged else _Style()).run()
     said = [Remark("passed", "with-cache", s.name, f"{s.kind} {s.type}") for s in cache_states(made)]
     return made, tuple(said)
@@ -203,9 +203,11 @@ class _Caching:
         return self.builder.input(name, type_)
 
     def _last_tokens(self, node: Node, inputs: Sequence[Value | None]) -> list[Value | None]:
-        """Only the last token of every float `[b, t, d]` operand reaches the head."""
+        """Only the last token of every row of the float `[b, t, d]` operands reaches the head."""
         self.builder.loc = node.loc
-        return [ops.last_token(v) if v is not None and v.type.is_float and len(v.type.dims) == 3 else v for v in inputs]
+        cu = _borders(self.graph)
+        ends = ops.last_token if cu is None else partial(ops.segment_ends, cu=self.env[cu])
+        return [ends(v) if v is not None and v.type.is_float and len(v.type.dims) == 3 else v for v in inputs]
 
 
 class _Places:
@@ -221,8 +223,8 @@ class _Places:
             rows = (style.rows,) if style.rows else ()
             self.values["at"] = builder.input("at", TensorType("i64", rows))
 
-    def write(self, node: Node, new: Value, cu: Value | None, make: Callable[[TensorType], Value]) -> tuple[Value, Value]:
-        """The cache that a call's keys or values are written into: what attention reads, and what goes out."""
+    def write(self, node: Node, new: Value, cu: Value | None, make: Callable[[TensorType], Value]) -> Value:
+        """The cache that a call's keys or values are written into."""
         at, rows, window = self.values["at"], self.style.rows, node.attrs.get("window", 0)
         if rows is None:
             written = ops.cache_write(make(_cache_type(new.type, LENGTH)), new, at)
@@ -232,8 +234,16 @@ class _Places:
         else:
             pool = _cache_type(new.type, PAGE).with_dim(0, Dim(PAGES))
             written = ops.page_write(make(pool), new, self.values["slots"])
-            return ops.page_read(written, self.values["table"]), written
-        return written, written
+        return written
+
+    def attend(
+        self, node: Node, given: Sequence[Value | None], cu: Value | None, attrs: Mapping[str, Any], names: Sequence[str]
+    ) -> Sequence[Value]:
+        """Attention of rows to what was written of them."""
+        if node.attrs["window"] or "table" not in self.values:
+            return self.builder.emit(ops.cached_attention, [*given[:3], self.values["at"], given[3], cu], attrs, names)
+        where = [self.values["table"], self.values["at"]]
+        return self.builder.emit(ops.paged_attention, [*given[:3], *where, given[3], cu], attrs, names)
 
 
 def _emit_op(
@@ -248,11 +258,11 @@ def _emit_op(
         for i, role in zip((1, 2), _ROLES["attention"], strict=True):
             new = given[i]
             assert new is not None
-            given[i], out = places.write(node, new, cu, lambda t, role=role: make(role, t))
-            states.append(out)
+            given[i] = written = places.write(node, new, cu, lambda t, role=role: make(role, t))
+            states.append(written)
         if rows:
             attrs = {k: v for k, v in node.attrs.items() if k in ops.cached_attention.attrs}
-            return b.emit(ops.cached_attention, [*given[:3], places.values["at"], given[3], cu], attrs, names), states
+            return places.attend(node, given, cu, attrs, names), states
     elif node.is_op("positions") and rows:
         cu = given[_position(node, "cu")]
         return b.emit(ops.cached_positions, [given[0], places.values["at"], cu], {}, names), states

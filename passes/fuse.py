@@ -182,6 +182,4 @@ def _roots(graph: Graph, fusion: FlowFusion, root: Node) -> list[Value]:
 def _written(graph: Graph, value: Value) -> Value:
     """What went into the cache that this is read from, or the value itself."""
     maker = graph.makers.get(value)
-    if maker is not None and maker.is_op("page_read"):
-        maker = graph.makers.get(maker.operands[0])
     return maker.operands[1] if maker is not None and maker.is_op("cache_write", "cached_write", "page_write") else value

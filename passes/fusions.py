@@ -45,7 +45,7 @@ def _gates_a_mixer(graph: Graph, found: Match) -> str:
     value = found.values["o"]
     while (maker := graph.makers.get(value)) is not None and maker.is_op("reshape"):
         value = maker.operands[0]
-    made = maker is not None and maker.is_op("attention", "cached_attention", *RECURRENCES)
+    made = maker is not None and maker.is_op("attention", "cached_attention", "paged_attention", *RECURRENCES)
     return "" if made else "what is gated is not the result of attention or a recurrence"
 
 
@@ -109,7 +109,7 @@ GLU = TextFusion(
 
 QKV_PREP = FlowFusion(
     "qkv-prep",
-    into=("attention", "cached_attention"),
+    into=("attention", "cached_attention", "paged_attention"),
     operands=("q", "k", "v"),
     through=("split", "reshape", *CLASSES["norm"], "rope", "cast", "widen", "scale", "silu", "relu", "add_bias"),
 )

@@ -52,6 +52,7 @@ m = mul(v, u)
 d = grouped_linear(m, b, c)
 y = combine(d, o, w)"""
 
+_BACK = "y = aten(f, t, target='aten.{}.default', args=A)"
 FLAT = (
     Rule.of(
         "row-of-positions",
@@ -60,7 +61,10 @@ FLAT = (
         "q = positions(t)\nf = embedding(w, q)\ny = add(x, f)",
         lambda found: found.values["x"].type == found.values["y"].type and len(found.values["x"].type.dims) == 3,
     ),
-    Rule.of("flat-back", "f = reshape(x, pattern=P)\ny = aten(f, t, target='aten.view.default', args=A)", "x", _comes_back),
+    *(
+        Rule.of(f"flat-back-{name}", f"f = reshape(x, pattern=P)\n{_BACK.format(name)}", "x", _comes_back)
+        for name in ("view", "reshape")
+    ),
     _row_op("linear", ", w"), _row_op("linear", ", w, c"), _row_op("silu"), _row_op("relu"), _row_op("sigmoid"),
     _row_op("gelu", attrs=", approximate=A"), _row_op("rms_norm", ", w", ", eps=E, zero_centered=Z, groups=G"),
     _row_op("rms_norm", "", ", eps=E, groups=G"), _row_op("scale_columns", ", w"), _row_op("add_bias", ", w"),

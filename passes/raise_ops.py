@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from ..ir import Graph, Node, Replay, Value
 from ..ir.rearrange import composed, read, text
 from .cleanup import canonicalize, dce
-from .raise_rules import families
+from .raise_rules import rules_of
 from .registry import Outcome, register
 from .remarks import Remark
 from .rewrite import rewrite
@@ -34,7 +34,7 @@ def raise_families() -> tuple[str, ...]:
 
 def raise_family(graph: Graph, family: str, *, only: tuple[str, ...] = ()) -> Outcome:
     """One family's rules, or some of them, on a tidy graph; the views that they leave behind are put together."""
-    rules = [r for r in families(graph)[family] if not only or r.name in only]
+    rules = [r for r in rules_of(graph, family) if not only or r.name in only]
     graph, said = rewrite(
         own_views(canonicalize(graph)[0], (*TABLES, "reshape") if family in ("flat", "rows") else TABLES), rules
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from itertools import product
 
 from ..ir import Graph, ops
@@ -187,10 +188,14 @@ def eager_attention(graph: Graph) -> tuple[Rule, ...]:
         for scaled in ("scaled", ""):
             for mask, (hide, seen) in (_MASKS | _filled(graph)).items():
                 for island, cap in product(("", "cast", "island"), ("", "capped")):
-                    before, after = _eager(turn, back, scaled, cap, hide, seen, island)
                     name = "-".join(filter(None, ("attention", key, scaled, cap, mask, island)))
-                    made.append(Rule.of(name, before, after, _hides))
+                    made.append(_attention(name, *_eager(turn, back, scaled, cap, hide, seen, island)))
     return tuple(made)
+
+
+@cache
+def _attention(name: str, before: str, after: str) -> Rule:
+    return Rule.of(name, before, after, _hides)
 
 
 def _filled(graph: Graph) -> dict[str, tuple[str, str]]:
@@ -254,10 +259,16 @@ SHARED = (
 )
 
 
-def families(graph: Graph) -> dict[str, Sequence[Rule]]:
-    """The rules of every family, in the order in which they see a graph."""
-    return {
-        "tidy": SINK, "norm": NORMS, "activation": ACTIVATIONS, "flat": FLAT, "rope": ROPE,
-        "attention": (*eager_attention(graph), *masked_attention(graph)), "heads": (*SHARED, *partial_turns(graph)),
-        "conv": short_convs(graph), "experts": routers(graph), "rows": FLAT,
-    }  # fmt: skip
+def rules_of(graph: Graph, family: str) -> Sequence[Rule]:
+    """A family's rules for this graph; those that leave its calls open are made once."""
+    match family:
+        case "attention":
+            return (*eager_attention(graph), *masked_attention(graph))
+        case "heads":
+            return (*SHARED, *partial_turns(graph))
+        case "conv":
+            return short_convs(graph)
+        case "experts":
+            return routers(graph)
+        case _:
+            return {"tidy": SINK, "norm": NORMS, "activation": ACTIVATIONS, "flat": FLAT, "rope": ROPE, "rows": FLAT}[family]

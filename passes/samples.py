@@ -50,7 +50,7 @@ def is_borders(graph: Graph, value: Value) -> bool:
 def added(graph: Graph, value: Value, sample: Sample) -> Tensor:
     """An input that a pass adds, as a program starts: zeros, and a page for each row where there are pages."""
     made = torch.zeros(shape(value.type, sample.sizes), dtype=DTYPES[value.type.dtype])
-    name = next((name for node, name in readers(graph, value) if node.is_op("page_write", "page_read")), "")
+    name = next((name for node, name in readers(graph, value) if node.is_op("page_write", "paged_attention")), "")
     if name == "slots":
         return torch.arange(made.numel()).view(made.shape)
     return torch.cat([torch.arange(len(made))[:, None], made[:, 1:] - 1], 1) if name == "table" else made
@@ -134,8 +134,8 @@ def _integers(node: Node, name: str, wanted: tuple[int, ...], sizes: Mapping[str
         case "page_write", "slots":
             room, count = _size(node, 0, 0, sizes) * _size(node, 0, 1, sizes), math.prod(wanted)
             return torch.cat([torch.randperm(room, generator=rng), torch.full((count,), -1)])[:count].view(wanted)
-        case "page_read", "table":
-            return torch.randint(0, _size(node, 0, 0, sizes), wanted, generator=rng)
+        case "paged_attention", "table":
+            return torch.randint(0, _size(node, 1, 0, sizes), wanted, generator=rng)
         case "rope", "p":
             return torch.arange(wanted[1]).expand(wanted).contiguous()
         case "dispatch" | "load_balance_loss", "experts":

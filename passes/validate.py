@@ -27,6 +27,7 @@ from ..ir import (
 )
 from ..ir.orders import parse_order
 from .registry import NUMERICS
+from .repeats import named_alike
 from .samples import Sample, added, draw, is_borders
 from .verify import reached
 
@@ -95,6 +96,7 @@ def validate(before: Graph, after: Graph, numerics: str, seed: int = 0, *, gradi
     """
     if numerics not in NUMERICS:
         raise PassError(f"numerics is {numerics!r}, must be one of {', '.join(NUMERICS)}")
+    before = named_alike(before, after)
     if why := _mismatch(before, after) or (_lacking(before, after) if gradients else ""):
         return Report(problem=why)
     sizes = dict.fromkeys((s for g in (before, after) for s in g.symbols), 1)

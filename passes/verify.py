@@ -48,7 +48,7 @@ def _check_graph(graph: Graph) -> None:
 
     def visit(node: Node, inputs: list[Value | None]) -> Sequence[Value]:
         try:
-            made = replay.keep(node)
+            made = replay.builder.emit(node.op, inputs, node.attrs, [v.name for v in node.outputs], node.loc)
         except PlaitError as error:
             raise PassError(f"{graph.name}: types do not hold: {error}") from None
         for was, now in zip(node.outputs, made, strict=True):

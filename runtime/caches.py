@@ -28,6 +28,9 @@ class Reader:
     dtype: Callable[[TensorType], torch.dtype]
     device: torch.device
     limit: int  # positions there are, 0 where any number can be
+    check: Callable[[Tensor], None]  # refuses what is no token of the vocabulary
+    meant: int = 0  # positions that the model is meant for, 0 where it says nothing
+    windows: tuple[int, ...] = ()  # of layers whose keys can wait in a ring
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ class Cache:
             if number < least:
                 raise DataError(f"a cache's {name} is {number}, must be {least} or more")
         self.reader, self.task = reader, "paged" if page else "rows"
-        graph = reader.graph(Variant(self.task))
+        graph = reader.graph(Variant(self.task, last=True))
         self.names = [v.name for v in graph.inputs]
         self.types = [v.type for v in graph.inputs[self.names.index("at") + 1 :]]
         self.where = [_where(t) for t in self.types]
@@ -71,7 +74,8 @@ class Cache:
         ]
         self.at = torch.zeros(len(self.lengths), dtype=torch.int64, device=device)
         pooled = [s for s, w in zip(self.states, self.where, strict=True) if w == "pages"]
-        self._hold(Held(Pool(self.page, pooled), len(self.lengths)) if pooled else None)
+        width = -(-self.room // self.page) if pooled else 0
+        self._hold(Held(Pool(self.page, pooled), len(self.lengths), width) if pooled else None)
 
     def _hold(self, held: Held | None) -> None:
         self.held = held
@@ -85,6 +89,11 @@ class Cache:
         return {"b": rows, "n": rows, "m": self.room, "pages": pages, "page": self.page, **rings}
 
     # -- use ------------------------------------------------------------------------------
+
+    def belongs(self, reader: Reader) -> None:
+        """Refuse a model that this cache was not made by."""
+        if self.reader.run != reader.run:
+            raise DataError("the cache was made by another model, whose states it holds; make one by this model's own cache()")
 
     @property
     def length(self) -> Tensor:
@@ -104,6 +113,15 @@ class Cache:
         """Let tokens wait behind what the rows have."""
         if len(rows) != len(self.lengths):
             raise DataError(f"there are {len(rows)} rows of tokens; the cache has {len(self.lengths)}, give one for each")
+        for i, row in enumerate(rows):
+            if row.dim() != 1 or row.is_floating_point():
+                raise DataError(f"row {i} of the tokens is {row.dtype}{list(row.shape)}, must be int64 [length]")
+            if len(row):
+                self.reader.check(row)
+        self.wait(rows)
+
+    def wait(self, rows: Sequence[Tensor]) -> None:
+        """As `add`, for tokens that the model itself has chosen."""
         given = [row.to(self.reader.device, torch.int64) for row in rows]
         self.waiting = [torch.cat([old, new]) if len(old) else new for old, new in zip(self.waiting, given, strict=True)]
 
@@ -119,7 +137,7 @@ class Cache:
         for i in range(0, longest, max(step, 1)):
             logits = self._ends([r[i : i + step] for r in rows])
             over = torch.tensor([i < len(r) for r in rows], device=logits.device)
-            found = logits if found is None or bool(over.all()) else torch.where(over[:, None], logits, found)
+            found = logits if bool(over.all()) else torch.where(over[:, None], logits, 0 if found is None else found)
         self.waiting, self.trial = [r[:0] for r in rows], None
         if found is None:
             raise DataError("no token is waiting to be read; give at least one")
@@ -137,7 +155,7 @@ class Cache:
         with torch.inference_mode():
             kept = {i: s.clone() for i, (s, w) in enumerate(zip(self.states, self.where, strict=True)) if not w}
         trial = Trial(tuple(self.lengths), kept, tokens)
-        logits = self._call(tokens, None)
+        logits = self._call(tokens, None, last=False)
         self.trial = trial
         return logits
 
@@ -165,18 +183,17 @@ class Cache:
         """Read rows, packed where they differ in length: the logits [b, vocab] behind the last token of each."""
         counts = [len(r) for r in rows]
         if min(counts) == max(counts):
-            return self._call(torch.stack([*rows]), None)[:, -1]
-        ends = torch.tensor([*accumulate(counts)], device=self.reader.device) - 1
-        return self._call(torch.cat([*rows])[None], counts)[0, ends.clamp_min(0)]
+            return self._call(torch.stack([*rows]), None)[:, 0]
+        return self._call(torch.cat([*rows])[None], counts)[0]
 
     @torch.inference_mode()
-    def _call(self, tokens: Tensor, counts: Sequence[int] | None) -> Tensor:
-        """Logits of tokens [b, t], or of rows of so many tokens packed into one."""
+    def _call(self, tokens: Tensor, counts: Sequence[int] | None, *, last: bool = True) -> Tensor:
+        """Logits of tokens [b, t], or of rows of so many tokens packed into one; of each row's last token, or of all."""
         each = [tokens.shape[1]] * len(self.lengths) if counts is None else list(counts)
         lengths = [a + c for a, c in zip(self.lengths, each, strict=True)]
         self._make_room(max(lengths))
         told = self._told(tokens, each, packed=counts is not None)
-        logits, *states = self.reader.run(Variant(self.task, counts is not None), *told, *self.states)
+        logits, *states = self.reader.run(Variant(self.task, counts is not None, last=last), *told, *self.states)
         self.states = states
         if self.held is not None:
             self.held.pool.tensors = [s for s, w in zip(states, self.where, strict=True) if w == "pages"]
@@ -240,3 +257,16 @@ def position_limit(graph: Graph) -> int:
         if maker is not None and maker.is_op("positions"):
             return int(node.operands[0].type.dims[0].size) - start
     return 0
+
+
+def meant_length(graph: Graph, length: int) -> int:
+    """Up to how many tokens a program that turns positions is meant for; 0 where it turns none."""
+    return length if any(node.is_op("rope") for part in (graph, *graph.layers) for node in part.nodes) else 0
+
+
+def windows_of(graph: Graph) -> tuple[int, ...]:
+    """The windows of a program whose keys may wait in rings; none where its rows cannot have lengths of their own."""
+    nodes = [node for part in (graph, *graph.layers) for node in part.nodes]
+    if any(node.is_op("biased_attention") for node in nodes):
+        return ()
+    return tuple(sorted({int(n.attrs["window"]) for n in nodes if n.is_op("attention") and n.attrs["window"]}))

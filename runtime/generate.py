@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 import torch
 
 from ..ir import DataError
-from .caches import Cache, Reader, check_length
+from .caches import CHUNK, Cache, Reader, check_length
 from .capture import Decoder, recorder
 from .padding import rows_of
 from .sampling import Chooser, Sampling
@@ -73,7 +75,7 @@ def stream(model: Model, prompts: Prompts, wish: Wish, mask: Tensor | None = Non
     stops, seeds = _stops(wish, len(rows)), _seeds(wish, len(rows))
     chooser = Chooser(wish.sampling, seeds, rows, model.vocab)
     if wish.cache is not None:
-        wish.cache.add(rows)
+        wish.cache.wait(rows)
         return _kept(wish.cache, chooser, stops, wish)
     even = len({len(r) for r in rows}) == 1
     read, step = (_even if even else _ragged)(model, rows, wish)
@@ -82,6 +84,8 @@ def stream(model: Model, prompts: Prompts, wish: Wish, mask: Tensor | None = Non
 
 def _check_rows(model: Model, rows: Sequence[Tensor], wish: Wish) -> None:
     reader, cache = model.reader(), wish.cache
+    if cache is not None:
+        cache.belongs(reader)
     if cache is not None and len(cache.lengths) != len(rows):
         raise DataError(f"there are {len(rows)} prompts; the cache has {len(cache.lengths)} rows, give one prompt for each")
     before = [0] * len(rows) if cache is None else cache.length.tolist()
@@ -92,6 +96,11 @@ def _check_rows(model: Model, rows: Sequence[Tensor], wish: Wish) -> None:
             model.check_tokens(row)
         # The last new token is given out, and not read.
         check_length(start + len(row) + max(wish.count - 1, 0), reader.limit, f"prompt {i} with {wish.count} new tokens")
+    longest = max(start + len(row) for row, start in zip(rows, before, strict=True)) + wish.count
+    if reader.meant and not reader.limit and longest > reader.meant:
+        # The same words and place every time, so that Python says it once.
+        said = f"the model is meant for {reader.meant} tokens, and a longer text is asked for: what it says beyond may be poor"
+        warnings.warn(said, UserWarning, stacklevel=2)
 
 
 Read = Callable[[], Tensor]
@@ -101,12 +110,17 @@ Step = Callable[[Tensor], Tensor]
 def _even(model: Model, rows: Sequence[Tensor], wish: Wish) -> tuple[Read, Step]:
     """Rows of one length. On a CUDA device the step of one token is recorded as a CUDA graph, unless it waits for the host."""
     reader = model.reader()
-    run, tokens = reader.run, torch.stack([*rows]).to(reader.device)
-    states = model.fresh_states(len(rows), tokens.shape[1] + wish.count)
-    decode = Decoder(lambda *inputs: run(Variant("cached"), *inputs), states, recorder(reader.device, wish.count))
+    tokens = torch.stack([*rows]).to(reader.device)
+    room, chunk = tokens.shape[1] + wish.count, wish.chunk or CHUNK
+    if any(window - 1 + chunk < room for window in reader.windows):
+        run, states = partial(_in_rings, reader), Cache(reader, len(rows), room, chunk=chunk).states
+    else:
+        run, states = partial(reader.run, Variant("cached", last=True)), model.fresh_states(len(rows), room)
+        chunk = wish.chunk or tokens.shape[1]
+    decode = Decoder(run, states, recorder(reader.device, wish.count))
 
     def read() -> Tensor:
-        *parts, last = tokens.split(wish.chunk or tokens.shape[1], 1)
+        *parts, last = tokens.split(chunk, 1)
         for part in parts:
             decode(part)
         return decode(last)
@@ -114,12 +128,17 @@ def _even(model: Model, rows: Sequence[Tensor], wish: Wish) -> tuple[Read, Step]
     return read, lambda new: decode(new[:, None])
 
 
+def _in_rings(reader: Reader, tokens: Tensor, at: Tensor, *states: Tensor) -> Sequence[Tensor]:
+    """A step of rows that are equally long, where keys of a window wait in rings."""
+    return reader.run(Variant("rows", last=True), tokens, at.expand(len(tokens)).contiguous(), *states)
+
+
 def _ragged(model: Model, rows: Sequence[Tensor], wish: Wish) -> tuple[Read, Step]:
     cache = Cache(model.reader(), len(rows), max(map(len, rows)) + wish.count)
-    cache.add(rows)
+    cache.wait(rows)
 
     def step(new: Tensor) -> Tensor:
-        cache.add([*new[:, None]])
+        cache.wait([*new[:, None]])
         return cache.read()
 
     return lambda: cache.read(wish.chunk), step
@@ -145,7 +164,7 @@ def _kept(cache: Cache, chooser: Chooser, stops: Sequence[frozenset[int]], wish:
         with torch.inference_mode():
             new = chooser(cache.read(wish.chunk))
         last = _repeated(new, last, done)
-        cache.add([token[:0] if over else token for token, over in zip(last[:, None], done, strict=True)])
+        cache.wait([token[:0] if over else token for token, over in zip(last[:, None], done, strict=True)])
         yield last
         done = _done(last, done, stops)
         if all(done):
@@ -176,8 +195,9 @@ def _stops(wish: Wish, rows: int) -> list[frozenset[int]]:
 
 def _seeds(wish: Wish, rows: int) -> list[int]:
     """One seed for each row; from a single one, row i draws by seed + i."""
-    if isinstance(wish.seed, int):
-        return [wish.seed + i for i in range(rows)]
-    if len(wish.seed) != rows:
-        raise DataError(f"there are {len(wish.seed)} seeds and {rows} rows; give one for each, or one for all")
-    return [*wish.seed]
+    given = [wish.seed + i for i in range(rows)] if isinstance(wish.seed, int) else [*wish.seed]
+    if len(given) != rows:
+        raise DataError(f"there are {len(given)} seeds and {rows} rows; give one for each, or one for all")
+    if bad := [seed for seed in given if not 0 <= seed < 2**63]:
+        raise DataError(f"a seed is {bad[0]}, must be from 0 to 2**63 - 1")
+    return given

@@ -12,7 +12,7 @@ import torch
 from ..ir import DTYPES, DataError, Graph, TensorType, fill, parameters
 from ..ir.sizes import value as bound_size
 from ..lowering.program import Program
-from .caches import Cache, Reader, check_length, position_limit
+from .caches import Cache, Reader, check_length, position_limit, windows_of
 from .checkpoint import read_tensors, save_tensors
 from .generate import Prompts, Stops, Wish, generate, stream
 from .layout import Layout, own_part
@@ -40,6 +40,7 @@ class CompiledModel(torch.nn.Module):
         self._make, self._runners = make, dict[Variant, Runner]()
         self.vocab = int(graph.params[0].type.dims[0].size)  # rows of the embedding, the first parameter
         self.limit = position_limit(graph)  # of positions there is a table of
+        self.meant = 0  # tokens that turned positions are meant for, 0 where any number is
         self.shapes = dict[str, tuple[int, ...]]()  # of the parameters, as one process has them
         for name, tensor in initial(graph, seed).items() if weights is None else given(graph, weights):
             self.shapes[name] = tuple(tensor.shape)
@@ -194,6 +195,7 @@ class CompiledModel(torch.nn.Module):
 
     def verify(self, cache: Cache, tokens: Tensor) -> Tensor:
         """Logits [b, n, vocab] behind each of the tokens [b, n] that are tried; `cache.rollback` says how many stay."""
+        cache.belongs(self.reader())
         tokens = self._tokens(tokens)
         if len(tokens) != len(cache.lengths):
             raise DataError(f"there are {len(tokens)} rows of tokens; the cache has {len(cache.lengths)}, try tokens for each")
@@ -201,11 +203,15 @@ class CompiledModel(torch.nn.Module):
 
     def reader(self) -> Reader:
         """This model as a cache sees it."""
-        return Reader(self._step, lambda v: self.runner(v).program.graph, self._state_dtype, self.device, self.limit)
+        windows = windows_of(self.graph)
+        return Reader(
+            self._step, lambda v: self.runner(v).program.graph, self._state_dtype, self.device, self.limit, self.check_tokens,
+            self.meant, windows,
+        )  # fmt: skip
 
     def fresh_states(self, batch: int, length: int) -> list[Tensor]:
         """Empty caches and states for `batch` rows of up to `length` tokens."""
-        given = self.runner(Variant("cached")).program.graph.inputs
+        given = self.runner(Variant("cached", last=True)).program.graph.inputs
         env, inputs = {"b": batch, "m": length}, given[[v.name for v in given].index("at") + 1 :]
         shapes = [[bound_size(d.size, env) for d in v.type.dims] for v in inputs]
         dtypes = [self._state_dtype(v.type) for v in inputs]

@@ -54,12 +54,13 @@ class Pool:
 class Held:
     """The pages of each row, and what a program is told of them."""
 
-    def __init__(self, pool: Pool, rows: int) -> None:
+    def __init__(self, pool: Pool, rows: int, width: int = 0) -> None:
         self.pool, self.rows = pool, [list[int]() for _ in range(rows)]
-        self.table = torch.full((rows, 2), -1)
+        # At least two pages a row: a size of one is another program to torch.compile.
+        self.table = torch.full((rows, max(2, width)), -1)
 
     def fork(self) -> Held:
-        made = Held(self.pool, len(self.rows))
+        made = Held(self.pool, len(self.rows), self.table.shape[1])
         made.rows, made.table = [list(row) for row in self.rows], self.table.clone()
         for row in made.rows:
             self.pool.share(row)
@@ -77,8 +78,10 @@ class Held:
             self._tell()
 
     def _tell(self) -> None:
-        # Powers of two, so that a size is seldom a new one, and at least two: a size of one is another program to torch.compile.
-        width = max(2, 1 << (max(map(len, self.rows)) - 1).bit_length())
+        # What room was asked for is there from the start; beyond it the table doubles, so that its size is seldom a new one.
+        longest, width = max(map(len, self.rows)), self.table.shape[1]
+        while width < longest:
+            width *= 2
         table = torch.full((len(self.rows), width), -1)
         for row, pages in zip(table, self.rows, strict=True):
             row[: len(pages)] = torch.tensor(pages, dtype=torch.int64)

@@ -13,6 +13,7 @@ import torch
 
 from ..ir import DTYPES, DataError, Graph, PlaitError, TensorType, parameters
 from ..lowering.program import Program
+from .caches import Reader
 from .checkpoint import read_tensors, save_tensors
 from .layout import Layout, as_one, entering, leaving, take_parts, whole_tensors
 from .mesh import Near, handshake
@@ -141,7 +142,8 @@ class PlacedModel(CompiledModel):
             type_ = self.runner(Variant("logits", cu is not None, self.training)).program.graph.outputs[0].type
             return whole_of(made, type_, self._layout.place, cu)
 
-    def stream(self, *args: Any, **options: Any) -> Any:
+    def reader(self) -> Reader:
+        """Refused: what generates, and every cache, asks for it."""
         raise PlaitError("generation runs in one process; save the model, and load the file in a process of its own")
 
     # -- weights --------------------------------------------------------------------------

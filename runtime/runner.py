@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -10,26 +11,57 @@ from torch import fx
 
 from ..ir import Graph
 from ..lowering.program import Program
+from .ahead import Code, compile_ahead, direct, wants_gradients
+
+Call = Callable[..., Any]
 
 # Variants of one layer: training or not, batch of one or more, one token or more, each dtype that is met.
 VARIANTS = 64
 
 
 class CompiledLayer(torch.nn.Module):
-    """One layer under `torch.compile`; the same code serves every call of it, at every length."""
+    """One layer as compiled code; the same code serves every call of it, at every length."""
 
     def __init__(self, module: fx.GraphModule, graph: Graph, fingerprint: str) -> None:
         super().__init__()
-        self.module, self.fingerprint = module, fingerprint
+        self.module, self.graph, self.fingerprint = module, graph, fingerprint
         self.symbolic = [[i for i, d in enumerate(v.type.dims) if isinstance(d.size, str)] for v in graph.inputs]
-        # The bound method: a GraphModule wraps its call in error handling that costs time and hides what went wrong.
-        # An op that runs over a mesh axis is a conversation with other ranks: the code around it is compiled.
-        self.compiled: Any = torch.compile(module.forward, fullgraph=not _crosses(graph))
+        self.crosses = _crosses(graph)
+        self.variants = dict[tuple[Any, ...], list[Code | None]]()
         self.seen = set[tuple[Any, ...]]()
+
+    @cached_property
+    def compiled(self) -> Any:
+        """The layer under `torch.compile`, for operands that it is not compiled for ahead of the call.
+
+        The bound method: a GraphModule wraps its call in error handling that costs time and hides what went wrong.
+        An op that runs over a mesh axis is a conversation with other ranks: the code around it is compiled.
+        """
+        return torch.compile(self.module.forward, fullgraph=not self.crosses)
 
     def forward(self, *args: Any) -> Any:
         if torch.compiler.is_compiling():  # an outer compile or export sees the plain module
             return self.module(*args)
+        call = self._ahead(args) if not self.crosses and direct(args) else None
+        return self._traced(args) if call is None else call(*args)
+
+    def _ahead(self, args: Sequence[torch.Tensor]) -> Call | None:
+        """Code compiled ahead that serves these operands, None where there can be none."""
+        known = self.variants.setdefault(self._variant(args), [])
+        for code in known:
+            if code is None or code.serves(args):
+                return code and code.call
+        known.append(code := compile_ahead(self.module, self.graph, args, self.fingerprint))
+        return code and code.call
+
+    def _variant(self, args: Sequence[torch.Tensor]) -> tuple[Any, ...]:
+        """What code compiled ahead is for: dtypes, sizes but for variables over one, and which parameters learn."""
+        wanted, count = wants_gradients(args), len(self.symbolic)
+        sizes = tuple(min(args[i].shape[d], 2) for i, dims in enumerate(self.symbolic) for d in dims)
+        learns = tuple(a.requires_grad for a in args[count:]) if wanted else ()
+        return (sizes, tuple(a.dtype for a in args), wanted, learns, torch.is_grad_enabled(), torch.is_inference_mode_enabled())
+
+    def _traced(self, args: Sequence[torch.Tensor]) -> Any:
         key = self._key(args)
         if key not in self.seen:
             self.seen.add(key)

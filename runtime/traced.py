@@ -10,7 +10,7 @@ from torch.utils import _pytree as pytree
 
 from ..ir import DTYPES, DataError, Graph, TensorType
 from ..lowering.program import Program
-from .runner import CompiledLayer
+from .runner import CompiledLayer, Runner
 
 Tensor = torch.Tensor
 
@@ -26,9 +26,7 @@ class TracedModel(torch.nn.Module):
         self.program, self._find = program, tuple(weights)
         self._leaves, self._spec = pytree.tree_flatten(example)
         self._inputs, self._outputs, self._out_spec = tuple(inputs), tuple(outputs), out_spec
-        self._run: Callable[..., tuple[Tensor, ...]] = program.entry
-        if compiled:
-            self._run = CompiledLayer(program.entry, program.graph, program.fingerprint)
+        self._run = _runner(program) if compiled else program.entry
         for name, tensor in module.named_parameters(remove_duplicate=False):
             holder(self, name).register_parameter(name.rpartition(".")[2], tensor)
         kept = set(module.state_dict())
@@ -58,6 +56,13 @@ class TracedModel(torch.nn.Module):
         for x, value in zip(made, self.graph.inputs, strict=True):
             _check(x, value.name, value.type, sizes)
         return made
+
+
+def _runner(program: Program) -> Callable[..., tuple[Tensor, ...]]:
+    """Each distinct layer compiled once; a program without layers is compiled as a whole."""
+    if not program.layers:
+        return CompiledLayer(program.entry, program.graph, program.fingerprint)
+    return Runner(program, {}).entry
 
 
 def holder(root: torch.nn.Module, name: str) -> torch.nn.Module:

@@ -13,3 +13,4 @@ class Variant:
     task: str = "logits"
     packed: bool = False
     training: bool = False
+    last: bool = False  # of programs with state: logits behind each row's last token alone

@@ -197,6 +197,41 @@ class Mamba2(nn.Module):
         return self.out(self.norm(y.reshape(b, t, 24) * F.silu(z)))
 
 
+def mamba_selective_scan(
+    hidden_states: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None, z: Tensor | None = None,
+    delta_bias: Tensor | None = None, delta_softplus: bool = False, return_last_state: bool = False,
+) -> Tensor:  # fmt: skip
+    """Token by token, [b c t]: S_t = e^(dt A) S + dt x B^T, y = (S C + D x) silu(z)."""
+    dt = dt if delta_bias is None else dt + delta_bias[:, None]
+    dt = F.softplus(dt) if delta_softplus else dt
+    state, columns = hidden_states.new_zeros(*hidden_states.shape[:2], A.shape[1]), list[Tensor]()
+    for t in range(dt.shape[2]):
+        step, x = dt[:, :, t, None], hidden_states[:, :, t, None]
+        state = (step * A).exp() * state + step * x * B[:, None, :, t]
+        columns.append((state @ C[:, :, t, None])[..., 0])
+    y = torch.stack(columns, -1) + D[:, None] * hidden_states
+    return y * F.silu(z)
+
+
+class Mamba1(nn.Module):
+    """Channels stand before tokens, the projection of steps is a product of columns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w_in, self.out = nn.Linear(20, 24, bias=False), nn.Linear(12, 20, bias=False)
+        self.conv = nn.Conv1d(12, 12, 4, groups=12, padding=3)
+        self.x_proj, self.w_step = nn.Linear(12, 3 + 2 * 5, bias=False), nn.Parameter(torch.rand(12, 3))
+        self.a_log, self.dt_bias, self.d = (nn.Parameter(torch.rand(*n)) for n in ((12, 5), (12,), (12,)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, gate = self.w_in(x).transpose(1, 2).chunk(2, 1)
+        h = F.silu(self.conv(h)[..., : x.shape[1]])
+        step, b, c = self.x_proj(h.transpose(1, 2)).split([3, 5, 5], -1)
+        parts = (h, self.w_step @ step.transpose(1, 2), -self.a_log.exp(), b.transpose(1, 2), c.transpose(1, 2))
+        y = mamba_selective_scan(*parts, D=self.d, z=gate, delta_bias=self.dt_bias, delta_softplus=True)
+        return self.out(y.transpose(1, 2))
+
+
 class Experts(nn.Module):
     """Stacked gated experts; which rows an expert has depends on data."""
 

@@ -10,7 +10,7 @@ from typing import Any
 import plait
 import torch
 from plait.frontends.hf import hf_tensors
-from plait.runtime import CompiledModel, Variant
+from plait.runtime import CompiledModel, EncoderDecoder, Memory, Variant
 
 Tensor = torch.Tensor
 DTYPES = {torch.float32: "f32", torch.float64: "f64", torch.bfloat16: "bf16", torch.float16: "f16"}
@@ -49,8 +49,8 @@ class EagerHF:
     ) -> tuple[float, dict[str, Tensor]]:
         m.zero_grad()
         wanted = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], -100)], 1) if shift else labels
-        given = {k: v for k, v in inputs.items() if k == "decoder_input_ids"}
-        loss = m.loss(inputs["input_ids"], wanted, **given)
+        more: dict[str, Any] = {k: v for k, v in inputs.items() if k == "decoder_input_ids"}
+        loss = m.loss(inputs["input_ids"], wanted, **more)
         loss.backward()
         grads = {name: p.grad for name, p in m.named_parameters() if p.grad is not None}
         return float(loss), dict(hf_tensors(m.origin, grads, self.names))
@@ -61,6 +61,9 @@ class EagerHF:
     def decode_logits(self, m: CompiledModel, prompt: Tensor, tokens: Tensor) -> Tensor:
         """By the program whose rows are equally long; `continue_logits` goes by that whose rows have their own lengths."""
         steps = Steps(m, prompt.shape[0], prompt.shape[1] + tokens.shape[1])
+        if isinstance(m, EncoderDecoder):
+            steps = Steps(m, len(prompt), tokens.shape[1], m.encode(prompt))
+            prompt = tokens.new_full((len(prompt), 1), m.start)
         made = [steps(prompt)[:, -1]]
         made += [steps(tokens[:, i : i + 1])[:, -1] for i in range(tokens.shape[1] - 1)]
         return torch.stack(made, 1)
@@ -82,14 +85,15 @@ class compile_hf(EagerHF):  # named as the checker asks for it
 class Steps:
     """The cached program and its states: each call feeds tokens behind the ones before."""
 
-    def __init__(self, m: CompiledModel, batch: int, length: int) -> None:
+    def __init__(self, m: CompiledModel, batch: int, length: int, memory: Memory | None = None) -> None:
         self.m, self.states, self.at = m.eval(), m.fresh_states(batch, length), 0
+        self.given = [] if memory is None else [memory.lengths, *memory.parts]
 
     @torch.no_grad()
     def __call__(self, tokens: Tensor) -> Tensor:
         runner = self.m.runner(Variant("cached"))
         params = [self.m.get_parameter(name) for name in runner.program.parameters]
-        inputs: list[Any] = [tokens, torch.tensor(self.at), *self.states]
+        inputs: list[Any] = [tokens, *self.given, torch.tensor(self.at), *self.states]
         logits, *self.states = runner(inputs, params)
         self.at += tokens.shape[1]
         return logits

@@ -56,7 +56,8 @@ def measured(model: Any) -> dict[str, Any]:
         if hasattr(module, "_rnn_scan"):  # its default was float32 before any of this
             module._rnn_scan = partial(module._rnn_scan, acc_dtype=torch.float64)
     try:
-        given = {"input_ids": source(), "decoder_input_ids": tokens()} if model.config.is_encoder_decoder else {"input_ids": tokens()}
+        pair = model.config.is_encoder_decoder
+        given = {"input_ids": source(), "decoder_input_ids": tokens()} if pair else {"input_ids": tokens()}
         logits = model(**given, use_cache=False).logits
         wanted = tokens()[:, 1:]
         loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), wanted.flatten())

@@ -47,7 +47,7 @@ def test_attention_to_rings_means_what_the_op_means(dtype: torch.dtype) -> None:
         q, k, v, at, sinks, cu = xs
         close(cached.cached_attention(q, k, v, at, sinks, cu, **attrs), want, tolerance)  # type: ignore[arg-type] # none are absent
         if cu is None:  # what runs on a device, where no host waits
-            close(cached._all_rows(q, k, v, at, sinks, **attrs, scale=q.shape[-1] ** -0.5), want, tolerance)  # type: ignore[union-attr, arg-type] # as above
+            close(cached.all_rows(q, k, v, at, sinks, **attrs, scale=q.shape[-1] ** -0.5), want, tolerance)  # type: ignore[union-attr, arg-type] # as above
 
 
 def test_what_a_row_has_not_written_is_not_read() -> None:

@@ -184,7 +184,7 @@ ROWS = [
 
 
 @pytest.mark.parametrize("counts", ROWS, ids=str)
-@pytest.mark.parametrize("options", ["rows=true", "rows=true paged=true"])
+@pytest.mark.parametrize("options", ["rows=true", "rows=true paged=true", "last=true rows=true paged=true"])
 def test_rows_packed_into_one_go_their_own_ways(counts: list[list[int]], options: str):
     """What each row says in pieces, packed with others, is what it says alone and at once."""
     packed = build(load_spec(SPEC), dtype="f64", packed=True)
@@ -205,22 +205,21 @@ def test_rows_packed_into_one_go_their_own_ways(counts: list[list[int]], options
         told = [torch.cat(where)[None], torch.arange(9).view(3, 3)] if "paged" in options else []
         cu = torch.tensor([0, *call]).cumsum(0)
         y, *states = evaluate(cached, torch.cat(own)[None], cu, *told, torch.tensor(at), *states, params=params)
-        for into, part in zip(found, y[0].split(call), strict=True):
-            into.append(part)
+        parts = y[0].split([1] * 3 if "last" in options else call)
+        for into, part, n in zip(found, parts, call, strict=True):
+            into.append(part if n else part[:0])
         at = [a + n for a, n in zip(at, call, strict=True)]
-    for row, parts, a in zip(rows, found, at, strict=True):
+    for i, (row, parts, a) in enumerate(zip(rows, found, at, strict=True)):
         if a:
-            torch.testing.assert_close(
-                torch.cat(parts), evaluate(program(), row[None, :a], params=params)[0], rtol=1e-11, atol=1e-12
-            )
+            whole = evaluate(program(), row[None, :a], params=params)[0]
+            ends = torch.tensor([c[i] for c in zip(*counts, strict=True) if c[i]]).cumsum(0) - 1
+            torch.testing.assert_close(torch.cat(parts), whole[ends] if "last" in options else whole, rtol=1e-11, atol=1e-12)
 
 
 def test_what_rows_cannot_have():
     packed = build(load_spec(SPEC), dtype="f64", packed=True)
     with pytest.raises(PassError, match=r"it is packed \(cu\); one `at` is for rows that are equally long"):
         with_cache(packed)
-    with pytest.raises(PassError, match="last=true takes the last token of every row, and packed tokens are one row"):
-        with_cache(packed, rows=True, last=True)
     kept = with_cache(program(), rows=True, last=True)[0]
     assert [s.kind for s in cache_states(kept)] == [s.kind for s in cache_states(with_cache(program())[0])]
     assert str(kept.outputs[0].type) == "f64[b, 1, 61]"

@@ -6,8 +6,10 @@ from functools import cache
 
 import pytest
 import torch
+from plait.ir import PlaitError
 from plait.lowering.forms.chunked import Operands
 from plait.lowering.gpu import TARGETS, Compiled, Resources, compile_all, resources
+from plait.lowering.gpu.tuned import asked, forced
 from plait.lowering.recurrent import Step, backward, decode, forward, job
 
 CORES = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}
@@ -66,3 +68,25 @@ def test_nothing_that_is_compiled_varies_with_the_length() -> None:
         loose = {"t", "chunks", "n_rows"}
         fixed = [{k: v for k, v in s.arguments.items() if not isinstance(v, torch.Tensor) and k not in loose} for s in (a, b)]
         assert fixed[0] == fixed[1] and a.tile == b.tile and a.source == b.source
+
+
+def test_every_launch_asks_for_what_was_measured_and_no_key_holds_a_length() -> None:
+    found = list[dict[tuple[str, str], object]]()
+    for tokens in (2048, 77):
+        with asked() as seen:
+            made = steps("kimi_delta_attention", "sm_90", tokens=tokens)
+        found.append(dict(seen))
+    functions = {s.function.split("_")[0] for s in made}
+    assert found[0] == found[1] and found[0].keys() == {("sm_90", f"{f} delta channel bfloat16 k128 v128") for f in functions}
+
+
+def test_a_measured_tile_is_launched_and_a_broken_one_named() -> None:
+    names = {f: ("sm_90", f"{f} delta head bfloat16 k128 v128") for f in ("scan", "back", "gradients")}
+    with forced({names["scan"]: {"value": 16, "warps": 8}, names["back"]: {"value": 64}, names["gradients"]: {"key": 32}}):
+        made = {s.function.split("_")[0]: s for s in steps("gated_delta_rule", "sm_90")}
+    scan, back, pulls, gradients = (made[f] for f in ("scan", "back", "pulls", "gradients"))
+    assert (scan.tile.key, scan.tile.value, scan.tile.warps, scan.programs) == (128, 16, 8, 2 * 4 * 8)
+    assert back.arguments["BV"] == pulls.arguments["BW"] == 64 and back.arguments["p_pulled"].shape[0] == 2
+    assert gradients.arguments["p_ddecay"].shape[0] == 4 and gradients.programs == 4 * made["pulls"].programs
+    with forced({names["scan"]: {"value": 24}}), pytest.raises(PlaitError, match=r"scan delta .*value is 24; .* power of two"):
+        steps("gated_delta_rule", "sm_90")

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from plait.ir import DataError, TypeMismatch, ops
+from plait.lowering.gpu.jobs import op_uses
+from plait.lowering.gpu.op_jobs import op_kernels
 from plait.lowering.recurrent import Step, faces, final_state, forward, interpreted, launches
 from torch import Tensor
 
@@ -142,3 +144,11 @@ def test_launches_of_a_node_are_listed_and_of_what_torch_runs_not() -> None:
     assert [x.half for x in launches(node, halves=("step",))] == ["step"]
     assert launches(grid.parse(replace(case, dtype="f64").text).nodes[0]) == ()
     assert launches(grid.parse("def f(x: f32[b, 8]): y = silu(x); return y").nodes[0]) == ()
+
+
+def test_a_final_state_is_among_a_programs_kernels() -> None:
+    given = "k: bf16[b, s, 2, 64], v: bf16[b, s, 4, 64], g: f32[b, s, 4], w: f32[b, s, 4]"
+    (use,) = op_uses(grid.parse(f"def f({given}): final = gated_delta_final(k, v, g, w); return final"))
+    assert use.node is not None and use.half == "forward"
+    made = op_kernels(use.node, use.half, "sm_90", use.operands)
+    assert [x.name.split("_")[0] for x in made.launches] == ["prepare", "scan"] and "def scan_" in made.text

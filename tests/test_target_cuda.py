@@ -15,7 +15,9 @@ from plait.frontends import ModelSpec, load_spec, shrink
 from plait.ir import OPS, DataError, parameters, parse
 from plait.lowering import lower
 from plait.lowering.forms import device
+from plait.lowering.gpu.jobs import jobs, uses
 from plait.lowering.program import fingerprint
+from plait.lowering.rows import row_kernel
 from plait.lowering.triton_ops import KernelOp, kernel_op
 from plait.passes import DEFAULT, Pipeline
 from plait.runtime import CompiledModel, Variant
@@ -172,6 +174,19 @@ def test_packaged_ahead_of_time(tmp_path: Path) -> None:
 
 
 # -- choices ------------------------------------------------------------------------------
+
+VIEWS = ("linear", "split", "reshape")  # a library's, or nothing at all
+
+
+def test_a_decode_step_of_a_recurrent_mixer_is_four_launches() -> None:
+    """Between its two projections: the preamble, the gates, the rule, its norm and gate; each is one function."""
+    graph = Pipeline.parse(DEFAULT).run(plait.program(load_spec("qwen3-next-80b-a3b-tiny"), task="cached"))
+    layer = next(g for g in graph.layers if g.name == "gdn")
+    names = [n.op.name for n in layer.nodes if not n.is_op(*VIEWS)]
+    assert sorted(names) == ["gated_delta_rule", "gates", "norm_gate", "preamble", "residual_norm"]
+    for use in uses(graph):
+        if "gdn" in use.calls:
+            assert len(jobs(row_kernel(use.graph), use.operands, "sm_90")) == 1, use.name
 
 
 def lowered(name: str, target: str, **options: Any) -> plait.lowering.Program:

@@ -22,6 +22,9 @@ def _linear(t: Tracing, node: Call) -> Made:
 def _product(t: Tracing, node: Call) -> Made:
     """A matrix that every row is multiplied with is a projection."""
     x, w = node.args[0], node.args[1]
+    if rank(x) == 2 and rank(w) == 3:  # of columns: tokens stand last
+        columns = t.emit("reshape", t.value(w), pattern="b i t -> b t i")
+        return t.emit("reshape", t.emit("linear", columns, t.value(x)), pattern="b t o -> b o t")
     if rank(w) != 2 or rank(x) < 2:
         return None
     return t.emit("linear", t.value(x), t.emit("reshape", t.value(w), pattern="i o -> o i"))

@@ -50,6 +50,22 @@ def _(
     return x.new_empty(x.shape, dtype=torch.float32 if wide else x.dtype)
 
 
+@torch.library.custom_op("plait_fx::selective_scan", mutates_args=())
+def _selective(
+    x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor | None, z: Tensor | None, bias: Tensor | None,
+    softplus: bool,
+) -> Tensor:  # fmt: skip
+    raise NotImplementedError("it stands in a trace alone")
+
+
+@_selective.register_fake
+def _(
+    x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor | None, z: Tensor | None, bias: Tensor | None,
+    softplus: bool,
+) -> Tensor:  # fmt: skip
+    return torch.empty_like(x)
+
+
 @torch.library.custom_op("plait_fx::experts", mutates_args=())
 def _experts(x: Tensor, index: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, act: str) -> Tensor:
     raise NotImplementedError("it stands in a trace alone")
@@ -93,6 +109,18 @@ def _scan(given: Mapping[str, Any]) -> Any:
     return _ssd(x, dt, a, b, c, _one_of(given, "D"), bias, plus, float(low), float(high), bool(given["wide"]))
 
 
+def _selected(given: Mapping[str, Any]) -> Any:
+    """Mamba-1's scan of [b c t] without a state in or out; the rates are one for every channel and state."""
+    x, dt, a, b, c = (_one_of(given, *n) for n in (("hidden_states", "u", "x"), ("dt", "delta"), ("A",), ("B",), ("C",)))
+    odd = ("return_last_state", "return_final_states", "initial_states", "cu_seqlens")
+    if any(v is None for v in (x, dt, a, b, c)) or any(_one_of(given, n) not in (None, False) for n in odd):
+        return None
+    if a.dim() != 2 or b.dim() != 3 or c.dim() != 3:
+        return None
+    bias, plus = _one_of(given, "delta_bias", "dt_bias"), bool(_one_of(given, "delta_softplus", "dt_softplus"))
+    return _selective(x, dt, a, b, c, _one_of(given, "D"), _one_of(given, "z"), bias, plus)
+
+
 def _one_of(given: Mapping[str, Any], *names: str) -> Any:
     return next((given[n] for n in names if given.get(n) is not None), None)
 
@@ -107,6 +135,7 @@ KNOWN = (
         _delta,
     ),
     Known("ssd", ("mamba2_chunk_scan", "mamba_chunk_scan_combined"), _scan),
+    Known("selective_scan", ("mamba_selective_scan", "selective_scan_fn", "selective_scan_ref"), _selected),
 )  # fmt: skip
 BY_NAME = {name: known for known in KNOWN for name in known.names}
 

@@ -149,8 +149,15 @@ class Tracing:
                 return
         except TypeMismatch:
             pass  # no op of the IR takes these types: torch's own does
-        del self.builder.nodes[before:]
+        self._undo(before)
         self.env[node] = self._foreign(node)
+
+    def _undo(self, before: int) -> None:
+        """Take back the nodes from here on, and known values that they were; who asks for one again makes it again."""
+        gone = {v for n in self.builder.nodes[before:] for v in n.outputs}
+        del self.builder.nodes[before:]
+        self.env = {k: v for k, v in self.env.items() if not gone.intersection(v if isinstance(v, tuple) else (v,))}
+        self.places = None if self.places in gone else self.places
 
     def _table(self, table: Table) -> Value:
         if table.op != "positions":

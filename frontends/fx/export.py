@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import math
+import operator
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -16,6 +18,7 @@ from ...ir import PlaitError
 from .boundaries import boundaries
 
 Tensor = torch.Tensor
+PYTHON = (*vars(operator).values(), math.ceil, math.floor)  # what works out sizes
 
 
 class TraceError(PlaitError):
@@ -99,7 +102,7 @@ def export(module: torch.nn.Module, example: Any, *, symbolic: bool = True, know
             warnings.simplefilter("ignore")
             found = stack.enter_context(boundaries(module, wanted=known))
             program = torch.export.export(call, call.tensors, dynamic_shapes=dims, strict=False)
-            program = program.run_decompositions({})
+            program = program if _is_plain(program) else program.run_decompositions({})
     except PlaitError:
         raise
     except Exception as error:
@@ -107,6 +110,14 @@ def export(module: torch.nn.Module, example: Any, *, symbolic: bool = True, know
     if changed := list(program.graph_signature.buffers_to_mutate.values()):
         raise TraceError(f"{type(module).__name__} changes its buffer {changed[0]} when it runs; a graph has no such effects")
     return Exported(program, module, args, kwargs, symbolic, tuple(dict.fromkeys(found)))
+
+
+def _is_plain(program: Any) -> bool:
+    """Whether nothing in it changes a tensor in place or holds a graph of its own; to make it so takes longer than to trace."""
+    calls = [n for n in program.graph.nodes if n.op not in ("placeholder", "output")]
+    schemas = [getattr(n.target, "_schema", None) for n in calls]
+    plain = all(s is not None or n.target in PYTHON for n, s in zip(calls, schemas, strict=True))
+    return plain and not any(s.is_mutable for s in schemas if s is not None)
 
 
 def _dims(x: Tensor) -> Any:

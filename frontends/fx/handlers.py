@@ -185,6 +185,9 @@ def _over_root(t: Tracing, node: Call, a: Any, b: Any) -> Made:
 def _broadcast(t: Tracing, kind: str, x: Value, y: Value) -> Value | None:
     """A vector for every row, or a number per row."""
     shape, other = x.type.shape, y.type.shape
+    if len(other) > 1 and other == (*[1] * (len(other) - 1), *shape[-1:]):
+        flat = t.view(y, viewed(other, other[-1:]))
+        y, other = (y, other) if flat is None else (flat, other[-1:])
     if other == shape[-1:]:
         return t.emit({"add": "add_bias", "mul": "scale_columns"}[kind], x, y)
     if kind == "mul" and other == (*shape[:-1], 1):
@@ -297,12 +300,19 @@ def _repeat(t: Tracing, node: Call) -> Made:
 
 @handles("split.Tensor", "split_with_sizes.default", "chunk.default", "split.sizes")
 def _split(t: Tracing, node: Call) -> Made:
-    """Sections of the last dim."""
+    """Sections of the last dim, or of the middle one of three."""
     n = rank(node.args[0])
-    sizes = [v.shape[-1] for v in node.meta["val"]]
-    if argument(node, 2, "dim", 0) % n != n - 1 or not all(isinstance(x, int) for x in sizes) or not _floats(node):
+    dim = argument(node, 2, "dim", 0) % n
+    sizes = tuple(v.shape[dim] for v in node.meta["val"])
+    if not (dim == n - 1 or (dim, n) == (1, 3)) or not all(isinstance(x, int) for x in sizes) or not _floats(node):
         return None
-    return t.all("split", t.value(node.args[0]), sizes=tuple(sizes)) if len(sizes) > 1 else (t.value(node.args[0]),)
+    x = t.value(node.args[0])
+    if len(sizes) == 1:
+        return (x,)
+    if dim == n - 1:
+        return t.all("split", x, sizes=sizes)
+    parts = t.all("split", t.emit("reshape", x, pattern="a c t -> a t c"), sizes=sizes)
+    return tuple(t.emit("reshape", part, pattern="a t c -> a c t") for part in parts)
 
 
 def _floats(node: Call) -> bool:
@@ -330,8 +340,8 @@ def _slice(t: Tracing, node: Call) -> Made:
 @handles("cat.default")
 def _cat(t: Tracing, node: Call) -> Made:
     parts, n = node.args[0], rank(node)
-    values = [t.as_dtype(t.value(x), dtype_of(node)) for x in parts]
-    if argument(node, 1, "dim", 0) % n != n - 1 or not _float(node) or any(v is None for v in values):
+    values = [t.as_dtype(t.value(x), dtype_of(node)) for x in parts if t.shape(x)[-1] != 0]
+    if argument(node, 1, "dim", 0) % n != n - 1 or not values or not _float(node) or any(v is None for v in values):
         return None
     made = values[0]
     for value in values[1:]:

@@ -38,6 +38,23 @@ def _ssd(t: Tracing, node: Call) -> Made:
     return y if d is None else t.emit("add", y, t.emit("scale_heads", v, widened(t, t.value(d))))
 
 
+@handles("plait_fx.selective_scan.default")
+def _selective(t: Tracing, node: Call) -> Made:
+    """Tokens stand last there: y = (scan + D x) silu(z)."""
+    x, dt, a, b, c, d, z, bias, softplus = node.args
+    v, step, k, q = (t.emit("reshape", t.value(y), pattern="b c t -> b t c") for y in (x, dt, b, c))
+    if bias is not None:
+        step = t.emit("add_bias", step, t.value(bias))
+    step = t.emit("softplus", step) if softplus else step
+    y = t.all("selective_scan", v, step, t.value(a), k, q)[0]
+    if d is not None:
+        y = t.emit("add", y, t.emit("scale_columns", v, t.value(d)))
+    if z is not None:
+        gate = t.emit("reshape", t.value(z), pattern="b c t -> b t c")
+        y = t.emit("mul", y, t.emit("silu", gate))
+    return t.emit("reshape", y, pattern="b t c -> b c t")
+
+
 def _same(t: Tracing, x: Value) -> Value:
     return x
 

@@ -17,7 +17,8 @@ from .known import LARGEST, Known
 from .views import bound
 
 Tensor = torch.Tensor
-LLAMA3 = (1.0, 4.0, 8192.0)  # of Llama 3's stretch all but the factor, which the slowest frequency says
+LOW, HIGH = 1.0, 4.0  # of Llama 3's stretch; its factor the slowest frequency says, its length is a power of two
+LENGTHS = (8192.0, *(2.0**n for n in (5, 6, 7, 8, 9, 10, 11, 12, 14, 15, 16, 17)))
 
 
 @dataclass(frozen=True)
@@ -141,18 +142,23 @@ def _fits(values: Tensor, width: int) -> Iterator[dict[str, Any]]:
     if width == 2:
         yield {"theta": 10000.0}
         return
-    for scaling in (False, True):
-        raw = float(values[1]) ** (-width / 2)
-        for digits in range(1, 17):
+    raw = float(values[1]) ** (-width / 2)
+    for length in (0.0, *LENGTHS):
+        for digits in range(1, 17) if not length else (1, 2, 3, 4):
             theta = float(f"{raw:.{digits}g}")
-            plain = frequencies(width, theta, (), values.new_empty((), dtype=torch.float64), False)
-            rounded = values.dtype == torch.float32
-            factor = round(float(plain[-1] / values[-1]), 4)
-            stretch = (factor, *LLAMA3) if scaling else ()
-            made = frequencies(width, theta, stretch, values.new_empty((), dtype=torch.float64), rounded)
-            if torch.allclose(made.double(), values.double(), rtol=3e-7, atol=0):
-                yield {"theta": theta, "rounded": rounded, "scaling": stretch}
+            if (law := _law(values, width, theta, length)) is not None:
+                yield law
                 break
+
+
+def _law(values: Tensor, width: int, theta: float, length: float) -> dict[str, Any] | None:
+    """The law with this base and this length of a stretch, where the frequencies follow it."""
+    rounded, like = values.dtype == torch.float32, values.new_empty((), dtype=torch.float64)
+    factor = round(float(frequencies(width, theta, (), like, False)[-1] / values[-1]), 4) if length else 1.0
+    stretch = (factor, LOW, HIGH, length) if length else ()
+    made = frequencies(width, theta, stretch, like, rounded)
+    close = torch.allclose(made.double(), values.double(), rtol=3e-7, atol=0)
+    return {"theta": theta, "rounded": rounded, "scaling": stretch} if close else None
 
 
 def _same(known: Known, node: fx.Node, table: Table, at: Mapping[str, int], batch: Any, length: Any) -> bool:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from ...ir.errors import SpecError
 from ..kinds import MAX_SIZE
 from ..problems import refuse, shown, suggest
+from ..sequence import MAX_BLOCKS
 
 DTYPES = {"bfloat16": "bf16", "float16": "f16", "float32": "f32", "float64": "f64"}
+MAX_NUMBER = 1e30
 ACTS = {
     "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_fast": "gelu_tanh", "relu": "relu", "relu2": "relu2",
@@ -48,16 +51,45 @@ class Config:
     def size(self, name: str, default: int | None = None) -> int:
         """A field that is a number of things, at least one."""
         value = self.get(name, default)
-        if type(value) is int and 1 <= value <= MAX_SIZE:
+        # Layers and experts are written out one by one before any file is asked whether it has them.
+        most = MAX_BLOCKS if name == "n_layer" or name.endswith(("_layers", "experts")) else MAX_SIZE
+        if type(value) is int and 1 <= value <= most:
             return value
         what = "missing" if value is None else f"is {shown(value)}"
-        raise SpecError(f"config.json: {name}: {what}; must be a whole number from 1 to {MAX_SIZE}")
+        raise SpecError(f"config.json: {name}: {what}; must be a whole number from 1 to {most}")
 
     def number(self, name: str, default: float) -> float:
         value = self.get(name, default)
-        if type(value) in (int, float):
+        if type(value) in (int, float) and abs(value) <= MAX_NUMBER:
             return float(value)
-        raise SpecError(f"config.json: {name}: is {shown(value)}; must be a number")
+        raise SpecError(f"config.json: {name}: is {shown(value)}; must be a number up to {MAX_NUMBER:g}")
+
+    def above(self, name: str, default: float) -> float:
+        """A number that is divided by."""
+        if (value := self.number(name, default)) > 0:
+            return value
+        raise SpecError(f"config.json: {name}: is {value:g}; must be above 0")
+
+    def numbers(self, name: str, default: Sequence[float]) -> tuple[float, ...]:
+        """A field that is a list of so many numbers; infinity is one."""
+        value = self.get(name, default)
+        if not isinstance(value, list | tuple) or len(value) != len(default) or not all(type(x) in (int, float) for x in value):
+            raise SpecError(f"config.json: {name}: is {shown(value)}; must be a list of {len(default)} numbers")
+        return tuple(float(x) if abs(x) <= MAX_NUMBER else math.copysign(math.inf, x) for x in value)
+
+    def table(self, name: str) -> dict[str, Any]:
+        """A field that has fields of its own, none where it is absent."""
+        value = self.get(name, {})
+        if isinstance(value, dict):
+            return value
+        raise SpecError(f"config.json: {name}: is {shown(value)}; must be an object")
+
+    def listed(self, name: str, default: Sequence[Any], count: int | None = None) -> list[Any]:
+        """A field that is a list, of so many where that is known."""
+        value = self.get(name, list(default))
+        if isinstance(value, list) and count in (None, len(value)):
+            return value
+        raise SpecError(f"config.json: {name}: is {shown(value)}; must be a list{f' of {count}' if count is not None else ''}")
 
     def flag(self, name: str, default: bool = False) -> bool:
         value = self.get(name, default)
@@ -92,14 +124,14 @@ class Config:
 
     def act(self, name: str, default: str = "silu") -> str:
         value = self.get(name, default)
-        if value not in ACTS:
+        if not isinstance(value, str) or value not in ACTS:
             raise SpecError(f"config.json: {name}: is {shown(value)}; {suggest(value, ACTS)}")
         return ACTS[value]
 
     def dtype(self) -> str:
         value = self.fields.get("dtype", self.fields.get("torch_dtype")) or "float32"
         self.idle("dtype", "torch_dtype")
-        if value not in DTYPES:
+        if not isinstance(value, str) or value not in DTYPES:
             raise SpecError(f"config.json: dtype: is {shown(value)}; {suggest(value, DTYPES)}")
         return DTYPES[value]
 

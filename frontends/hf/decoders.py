@@ -100,7 +100,7 @@ def gemma2(c: Config) -> Plan:
     c.must("use_bidirectional_attention", None, False)
     c.idle("hidden_act")
     count = pieces.layers(c)
-    scale = c.number("query_pre_attn_scalar", 256) ** -0.5
+    scale = c.above("query_pre_attn_scalar", 256) ** -0.5
     attention = read_attention(c, scale=scale, softcap=cap(c, "attn_logit_softcapping", 50.0), **with_bias(c))
     spans = pieces.windows(c, count, [FULL if i % 2 else SLIDING for i in range(count)], pieces.window(c, 4096))
     mlp = Mlp(width=c.size("intermediate_size"), act=c.act("hidden_activation", "gelu_pytorch_tanh"))  # type: ignore[arg-type] # a known name

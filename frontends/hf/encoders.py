@@ -15,10 +15,11 @@ from . import tables_third as tables
 from .config import Config
 from .plan import Placed, Plan, make_plan
 
-# How folders say text is to be generated, which is asked for where it is.
+# How configs say text is to be generated, which is asked for where it is, and how training saves memory.
 WISHES = (
-    "diversity_penalty", "do_sample", "early_stopping", "length_penalty", "max_length", "min_length", "no_repeat_ngram_size",
-    "num_beam_groups", "num_beams", "num_return_sequences", "output_past", "repetition_penalty", "temperature", "top_k", "top_p",
+    "diversity_penalty", "do_sample", "early_stopping", "gradient_checkpointing", "length_penalty", "max_length", "min_length",
+    "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_return_sequences", "output_past", "repetition_penalty",
+    "temperature", "top_k", "top_p",
 )  # fmt: skip
 COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 
@@ -29,28 +30,30 @@ def t5(c: Config) -> Plan:
     c.must("is_decoder", False)
     c.must("is_encoder_decoder", True)
     c.training("dropout_rate")
-    heads, head_dim, hidden = c.size("num_heads", 8), c.size("d_kv", 64), c.size("d_model", 512)
-    relative = Relative(
-        buckets=c.size("relative_attention_num_buckets", 32), reach=c.size("relative_attention_max_distance", 128)
-    )
-    attention = Attention(heads=heads, head_dim=head_dim, relative=relative, scale=1.0)
-    cross, seen = Cross(heads=heads, head_dim=head_dim, scale=1.0), attention.model_copy(update={"causal": False})
-    mlp = _t5_mlp(c)
-    ffn = tables.T5_GATED_MLP if mlp.glu else tables.T5_MLP
-    first, second = (ffn.replace("{at}", f"layer.{i}.") for i in (1, 2))
-    count = c.size("num_layers", 6)
-    told: list[tuple[Kind, str]] = [(attention, tables.T5_ATTENTION), (cross, tables.T5_CROSS), (mlp, second)]
-    encoder = _stack("encoder.block.{}.", count, [(seen, tables.T5_ATTENTION), (mlp, first)])
-    decoder = _stack("decoder.block.{}.", c.size("num_decoder_layers", count), told)
+    hidden, heads = c.size("d_model", 512), c.size("num_heads", 8)
+    buckets, reach = c.size("relative_attention_num_buckets", 32), c.size("relative_attention_max_distance", 128)
+    encoder, decoder = _t5_stacks(c, heads, Relative(buckets=buckets, reach=reach))
     tied = c.flag("tie_word_embeddings", True)
     scaled = {"logit_scale": hidden**-0.5} if c.flag("scale_decoder_outputs", tied) else {}
-    outside = tables.T5_OUTSIDE.replace("{buckets}", str(relative.buckets)).replace("{heads}", str(heads))
+    outside = tables.T5_OUTSIDE.replace("{buckets}", str(buckets)).replace("{heads}", str(heads))
     plan = make_plan(
-        c, decoder, outside, prefix="", derived=(r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",),
+        c, decoder, outside, prefix="", derived=(r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias.*",),
         hidden=hidden, norm_eps=c.number("layer_norm_epsilon", 1e-6), max_length=c.size("n_positions", 512), tied=tied,
         encoder=_encoder(c, encoder, pad=0, start=None), **scaled,
     )  # fmt: skip
     return replace(plan, encoder=tuple(encoder), copies=COPIES)
+
+
+def _t5_stacks(c: Config, heads: int, relative: Relative) -> tuple[list[Placed], list[Placed]]:
+    """The encoder's blocks and the decoder's."""
+    head_dim, mlp, count = c.size("d_kv", 64), _t5_mlp(c), c.size("num_layers", 6)
+    attention = Attention(heads=heads, head_dim=head_dim, relative=relative, scale=1.0)
+    cross, seen = Cross(heads=heads, head_dim=head_dim, scale=1.0), attention.model_copy(update={"causal": False})
+    ffn = tables.T5_GATED_MLP if mlp.glu else tables.T5_MLP
+    first, second = (ffn.replace("{at}", f"layer.{i}.") for i in (1, 2))
+    encoder = _stack("encoder.block.{}.", count, [(seen, tables.T5_ATTENTION), (mlp, first)])
+    told: list[tuple[Kind, str]] = [(attention, tables.T5_ATTENTION), (cross, tables.T5_CROSS), (mlp, second)]
+    return encoder, _stack("decoder.block.{}.", c.size("num_decoder_layers", count), told)
 
 
 def _t5_mlp(c: Config) -> Mlp:
@@ -80,7 +83,8 @@ def _encoder(c: Config, blocks: Sequence[Placed], pad: int, start: int | None) -
 
 def bart(c: Config) -> Plan:
     """Norms behind every sum: the block after it reads them, and the last one stands in front of the head."""
-    c.idle(*WISHES, "extra_pos_embeddings", "force_bos_token_to_be_generated", "num_hidden_layers", "classif_dropout", "save_step")
+    c.idle(*WISHES, "_num_labels", "classif_dropout", "extra_pos_embeddings", "force_bos_token_to_be_generated")
+    c.idle("num_hidden_layers", "num_labels", "save_step")
     for name, only in (("is_decoder", False), ("is_encoder_decoder", True), ("normalize_embedding", True)):
         c.must(name, only)
     for name in ("add_bias_logits", "add_final_layer_norm", "normalize_before", "static_position_embeddings"):
@@ -104,7 +108,8 @@ def _bart_stack(c: Config, side: str, hidden: int) -> tuple[list[Placed], str]:
     heads = c.size(f"{side}_attention_heads", 16)
     if hidden % heads:
         c.problems.append(f"{side}_attention_heads: is {heads}; must divide d_model = {hidden}")
-    own: dict[str, Any] = {"heads": heads, "head_dim": max(hidden // heads, 1), "norm_place": "stream", "bias": True, "out_bias": True}
+    own: dict[str, Any] = {"heads": heads, "head_dim": max(hidden // heads, 1), "bias": True, "out_bias": True}
+    own["norm_place"] = "stream"
     act: Any = c.act("activation_function", "gelu")
     mlp = Mlp(width=c.size(f"{side}_ffn_dim", 4096), act=act, glu=False, bias=True, norm_place="stream")
     parts: list[tuple[Kind, str, str, str]] = [

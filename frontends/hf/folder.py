@@ -57,11 +57,13 @@ def inside(folder: Path, name: str) -> Path:
 
     Links of the hub's cache, `snapshots/<revision>/<name>` to `blobs/<hash>` beside it, lead to what belongs to the folder.
     """
-    if not name or name != Path(name).name or name in (".", "..") or "\\" in name:
+    if not name or name != Path(name).name or name in (".", "..") or "\\" in name or "\0" in name:
         raise CheckpointError(f"{folder}: {shown(name)} is no plain file name; it must not lead out of the folder")
-    home = folder.resolve()
+    try:
+        home, found = folder.resolve(), (folder / name).resolve()
+    except (OSError, RuntimeError):  # as older Pythons call a link that leads back to itself
+        raise CheckpointError(f"{folder / name}: is a link that leads nowhere; put the file itself there") from None
     cache = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
-    found = (folder / name).resolve()
     if not (found.is_relative_to(home) or found.is_relative_to(cache)):
         raise CheckpointError(f"{folder / name}: is a link out of the folder; put the file itself there")
     if not found.is_file():

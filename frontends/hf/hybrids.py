@@ -80,7 +80,7 @@ def nemotron_h(c: Config) -> Plan:
     c.idle("expand", "mtp_layers_block_type", "moe_shared_expert_overlap", "num_hidden_layers", "hybrid_override_pattern")
     pattern = str(c.fields.get("hybrid_override_pattern", ""))
     default = [LETTERS.get(letter, letter) for letter in pattern]
-    said: Any = c.fields.get("layers_block_type", default)
+    said = c.listed("layers_block_type", default)
     kinds = layer_types(c, "layers_block_type", len(said), default, FULL, LINEAR, "mlp", "moe")
     tables_of = {FULL: tables.NEMOTRON_ATTENTION, LINEAR: tables.MAMBA, "mlp": tables.NEMOTRON_MLP, "moe": tables.NEMOTRON_MOE}
     mixer: dict[str, Kind] = {kind: _nemotron(c, kind) for kind in dict.fromkeys(kinds) if kind in tables_of}

@@ -125,7 +125,7 @@ def kimi_linear(c: Config) -> Plan:
         c.must(name, value)
     c.must("num_nextn_predict_layers", 0)
     c.idle("use_grouped_topk", "rope_theta")
-    linear: Any = c.get("linear_attn_config", {})
+    linear = c.table("linear_attn_config")
     kda = Kda(
         heads=c.size("linear_num_heads", linear.get("num_heads", 32)),
         head_dim=c.size("linear_head_dim", linear.get("head_dim", 128)),

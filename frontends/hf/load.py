@@ -109,9 +109,10 @@ class Weights(Mapping[str, Tensor]):
             return torch.zeros(shape, dtype=FLOATS[self.entries[self.rules["embed"].parts[0].name].dtype])
         entry = self.entries[part]
         stored = self.mapped.tensor(entry)
-        # The extremes of numbers are not a number where one of them is not.
-        if stored.numel() and bool(stored.isnan().any() if stored.numel() < 2 else torch.stack(stored.aminmax()).isnan().any()):
-            raise CheckpointError(f"{entry.file}: {part} holds NaN; a model with it computes nothing")
+        if holds_nan(stored):
+            wrong = [n for n, e in self.entries.items() if holds_nan(self.mapped.tensor(e))]
+            names = ", ".join(wrong[:SHOWN]) + (f" and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else "")
+            raise CheckpointError(f"{self.where}: {names} holds NaN; a model with it computes nothing, save the folder anew")
         return stored
 
     def __iter__(self) -> Iterator[str]:
@@ -119,3 +120,8 @@ class Weights(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.rules)
+
+
+def holds_nan(tensor: Tensor) -> bool:
+    """Whether a number is none. The extremes of numbers are not a number where one of them is not."""
+    return bool(tensor.isnan().any() if tensor.numel() < 2 else torch.stack(tensor.aminmax()).isnan().any())

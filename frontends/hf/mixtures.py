@@ -19,6 +19,12 @@ def mixed(c: Config, attention: list[Attention], ffn: list[tuple[Kind, str]], **
     return make_plan(c, stack(pairs), tables.OUTSIDE, **{**rms(c), **fields})
 
 
+ROUTING = (
+    "decoder_sparse_step", "mlp_only_layers", "moe_intermediate_size", "num_experts_per_tok", "output_router_logits",
+    "router_aux_loss_coef",
+)  # fmt: skip
+
+
 def mixtral(c: Config) -> Plan:
     c.must("router_jitter_noise", 0.0, 0)
     attention = each(read_attention(c, theta=1e6), [pieces.window(c)] * pieces.layers(c))
@@ -28,8 +34,11 @@ def mixtral(c: Config) -> Plan:
 
 def qwen_ffn(c: Config, count: int, **more: Any) -> list[tuple[Kind, str]]:
     """Qwen's feed-forward layers: experts, and dense ones where the config says so."""
-    moe = read_moe(c, "num_experts", "moe_intermediate_size", **more)
     mlp = read_mlp(c)
+    if c.get("num_experts") == 0:
+        c.idle(*ROUTING)
+        return [(mlp, tables.MLP)] * count
+    moe = read_moe(c, "num_experts", "moe_intermediate_size", **more)
     return [(moe, tables.QWEN_MOE) if is_sparse else (mlp, tables.MLP) for is_sparse in pieces.sparse(c, count)]
 
 

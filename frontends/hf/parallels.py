@@ -27,12 +27,12 @@ def falcon_h1(c: Config) -> Plan:
     attention, reach = _attention(c)
     inside = c.number("ssm_in_multiplier", 1.0)
     normed = {"out_norm": c.flag("mamba_rms_norm"), "norm_first": c.flag("mamba_norm_before_gate", True)}
-    scales = tuple(inside * single(float(x)) for x in c.get("ssm_multipliers", [1.0] * 5))
+    scales = tuple(inside * single(x) for x in c.numbers("ssm_multipliers", [1.0] * 5))
     mamba = read_mamba2(c, FALCON_NAMES, dt_limit=pieces.step_limit(c), in_scales=scales, **normed)
     if mamba.inner != c.size("mamba_d_ssm", mamba.inner):
         c.problems.append(f"mamba_d_ssm: is {c.get('mamba_d_ssm')}; heads make {mamba.inner}")
     mixers = Parallel(parts=(attention, mamba), scales=(reach, c.number("ssm_out_multiplier", 1.0)))
-    gate, down = (float(x) for x in c.get("mlp_multipliers", [1.0, 1.0]))
+    gate, down = c.numbers("mlp_multipliers", [1.0, 1.0])
     ffn = Parallel(parts=(read_mlp(c, bias=c.flag("mlp_bias"), gate_scale=gate),), scales=(down,))
     blocks: list[Placed] = []
     for i in range(pieces.layers(c)):

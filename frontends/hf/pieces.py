@@ -81,7 +81,7 @@ def read_moe(c: Config, experts: str, width: str, **more: Any) -> Moe:
 def sparse(c: Config, count: int) -> list[bool]:
     """Which layers have experts, as Qwen says it."""
     every: Any = c.size("decoder_sparse_step", 1)
-    dense: Any = c.get("mlp_only_layers", [])
+    dense = c.listed("mlp_only_layers", [])
     return [i not in dense and (i + 1) % every == 0 for i in range(count)]
 
 
@@ -96,7 +96,7 @@ def read_mamba2(c: Config, names: dict[str, str], **more: Any) -> Mamba2:
 
 def step_limit(c: Config) -> tuple[float, float] | None:
     """Bounds of time steps; none where there are 0 and infinity."""
-    low, high = (float(x) for x in c.get("time_step_limit", (0.0, float("inf"))))
+    low, high = c.numbers("time_step_limit", (0.0, float("inf")))
     return None if low <= 0 and high == float("inf") else (low, min(high, NO_LIMIT))
 
 

@@ -81,7 +81,7 @@ class Rule:
         return 1 if len(self.shape) == 3 and len(self.parts[0].shape) == 3 else 0
 
     def assemble(self, take: Callable[[str], Tensor], done: Callable[[str], None] = lambda name: None) -> Tensor:
-        """The parameter, out of the file's tensors; `done` hears of each that is copied, so that they need not be held together."""
+        """The parameter, out of the file's tensors; `done` hears of each that is copied, which then need not be held."""
         if self.made:
             return torch.tensor(self.made, dtype=torch.float64)
         if len(self.parts) == 1:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from ...ir.errors import CheckpointError
@@ -68,8 +69,8 @@ def write_folder(
         _copy(like, beside)
         beside.chmod(0o755)
         beside.replace(folder)
-    except OSError as error:
-        raise CheckpointError(f"{folder}: cannot be written: {error.strerror or error}") from None
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{folder}: cannot be written: {getattr(error, 'strerror', '') or error}") from None
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 

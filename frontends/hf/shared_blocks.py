@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from ...ir.errors import SpecError
 from ..kinds import Mamba2, Mlp
 from ..shared import Shared
 from . import pieces, tables, tables_second
@@ -59,6 +60,8 @@ def _mamba(c: Config) -> Mamba2:
 def _whole(c: Config, mamba: Mamba2, attention_rank: int, mlp_rank: int) -> Shared:
     """A place with shared weights, whichever they are."""
     hidden, heads = c.size("hidden_size"), c.size("num_attention_heads", 32)
+    if heads > hidden:
+        raise SpecError(f"config.json: num_attention_heads: is {heads}; must be at most hidden_size = {hidden}")
     head_dim = 2 * hidden // heads
     derived = {"attention_head_dim": head_dim, "head_dim": head_dim, "attention_hidden_size": 2 * hidden}
     for name, value in {**derived, "kv_channels": hidden // heads, "num_query_groups": heads}.items():

@@ -44,17 +44,17 @@ BART_OUTSIDE = """
     head = lm_head.weight[vocab hidden]
 """
 # The norm behind a sublayer is the one in front of the next: `{norm}` is where the block before, or the embedding, has it.
-BART_NORM = """
+BART_ATTENTION = """
     norm = {norm}weight[hidden]
     norm_bias = {norm}bias[hidden]
-"""
-BART_ATTENTION = BART_NORM + """
     w_in = {at}q_proj.weight[query_width hidden] {at}k_proj.weight[kv_width hidden] {at}v_proj.weight[kv_width hidden]
     w_in_bias = {at}q_proj.bias[query_width] {at}k_proj.bias[kv_width] {at}v_proj.bias[kv_width]
     w_out = {at}out_proj.weight[hidden query_width]
     w_out_bias = {at}out_proj.bias[hidden]
 """
-BART_CROSS = BART_NORM + """
+BART_CROSS = """
+    norm = {norm}weight[hidden]
+    norm_bias = {norm}bias[hidden]
     w_q = {at}q_proj.weight[query_width hidden]
     w_q_bias = {at}q_proj.bias[query_width]
     w_kv = {at}k_proj.weight[kv_width hidden] {at}v_proj.weight[kv_width hidden]
@@ -62,7 +62,9 @@ BART_CROSS = BART_NORM + """
     w_out = {at}out_proj.weight[hidden query_width]
     w_out_bias = {at}out_proj.bias[hidden]
 """
-BART_MLP = BART_NORM + """
+BART_MLP = """
+    norm = {norm}weight[hidden]
+    norm_bias = {norm}bias[hidden]
     w_in = {at}fc1.weight[width hidden]
     w_in_bias = {at}fc1.bias[width]
     w_out = {at}fc2.weight[hidden width]

@@ -84,7 +84,7 @@ def _cohere(c: Config, attention: list[Attention]) -> Plan:
 def smollm3(c: Config) -> Plan:
     """Llama with layers that have no positions."""
     count, every = pieces.layers(c), c.size("no_rope_layer_interval", 4)
-    has_rope: Any = c.get("no_rope_layers", [int((i + 1) % every != 0) for i in range(count)])
+    has_rope = c.listed("no_rope_layers", [int((i + 1) % every != 0) for i in range(count)], count)
     width = pieces.window(c) if c.flag("use_sliding_window") else 0
     c.idle("sliding_window")
     default = [SLIDING if width and not has_rope[i] else FULL for i in range(count)]
@@ -101,7 +101,7 @@ def gemma3_text(c: Config) -> Plan:
     c.must("use_bidirectional_attention", None, False)
     count, every = pieces.layers(c), c.size("sliding_window_pattern", 6)
     c.idle("_sliding_window_pattern", "hidden_act")
-    scale = c.number("query_pre_attn_scalar", 256) ** -0.5
+    scale = c.above("query_pre_attn_scalar", 256) ** -0.5
     plain = read_attention(
         c, rope=False, qk_norm=True, scale=scale, softcap=cap(c, "attn_logit_softcapping", 0.0), **with_bias(c)
     )
@@ -115,9 +115,9 @@ def gemma3_text(c: Config) -> Plan:
 
 def _gemma_ropes(c: Config, width: int) -> tuple[Rope, Rope]:
     """Positions of layers with a window, and of those without."""
-    both: Any = c.get("rope_parameters", {})
-    far = {"rope_theta": c.number("rope_theta", 1e6), **(c.get("rope_scaling") or {}), **(both.get(FULL) or {})}
-    near = {"rope_theta": c.number("rope_local_base_freq", 1e4), **(both.get(SLIDING) or {})}
+    both = {kind: inner if isinstance(inner, dict) else {} for kind, inner in c.table("rope_parameters").items()}
+    far = {"rope_theta": c.number("rope_theta", 1e6), **c.table("rope_scaling"), **both.get(FULL, {})}
+    near = {"rope_theta": c.number("rope_local_base_freq", 1e4), **both.get(SLIDING, {})}
     length = c.size("max_position_embeddings", 131072)
     inner = [Config({"rope_parameters": table, "max_position_embeddings": length}) for table in (near, far)]
     ropes = [read_rope(one, width=width) for one in inner]

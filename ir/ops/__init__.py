@@ -13,7 +13,7 @@ from .attention import (
 )
 from .backward import BACKWARD
 from .biased import biased_attention, shift_positions
-from .caches import CACHES, cached_attention, cached_positions, cached_write, page_read, page_write
+from .caches import CACHES, cached_attention, cached_positions, cached_write, page_write, paged_attention, segment_ends
 from .collective import COLLECTIVES, all_gather, all_reduce, all_to_all, reduce_scatter, relabel, reorder, shard
 from .conv import anticausal_conv1d, causal_conv1d, conv1d_taps
 from .dropping import drop_at, rows_of, tokens_of
@@ -102,18 +102,19 @@ from .under_way import UNDER_WAY, begin_all_to_all, end_all_to_all
 __all__ = [
     "ACTIVATIONS", "BACKWARD", "CACHES", "COLLECTIVES", "FAMILY", "SCANS", "Traits", "UNDER_WAY", "add", "add_bias",
     "all_gather", "all_reduce", "all_to_all", "anticausal_conv1d", "aten", "attention", "attention_part",
-    "attention_part_gradients", "balance", "begin_all_to_all", "biased_attention", "cache_read", "cache_write", "cached_attention",
-    "cached_positions", "cached_write", "cast", "causal_conv1d", "choices_of", "clamp", "column_sum", "combine", "concat",
-    "conv1d_taps", "counted", "cross_entropy", "delta_rule", "dispatch", "drop_at", "dropout", "embedding", "embedding_sum",
-    "end_all_to_all", "fixed", "fork_seed", "frequencies", "gated_delta_final", "gated_delta_rule", "gated_input",
-    "gated_linear_attention", "gelu", "grouped_linear", "grouped_outer", "head_linear", "head_outer", "head_parts",
-    "in_sections", "inside", "join", "kimi_delta_attention", "kimi_delta_final", "l2_norm", "last_token", "layer_norm",
-    "linear", "linear_cross_entropy", "linear_token_losses", "load_balance_loss", "mean_of", "mul", "neg_exp", "normal_cdf",
-    "outer", "page_read", "page_write", "positions", "put_last", "reach", "reduce_scatter", "relabel", "relu", "relu2",
-    "reorder", "repeat_heads", "reshape", "retention", "return_rows", "rg_lru", "rms_norm", "rope", "rope_table", "route",
-    "router_scores", "row_mean", "row_sum", "rows_of", "rsqrt", "scale", "scale_columns", "scale_heads", "scale_rows",
-    "segments", "selective_scan", "send_rows", "shard", "shift", "shift_positions", "sides", "sigmoid", "silu", "softcap", "softplus", "split",
-    "spread_columns", "spread_experts", "spread_rows", "spread_total", "ssd", "step", "sub", "sum_experts", "sum_heads",
-    "sum_rows", "take_rows", "tanh", "token_losses", "tokens_of", "total", "visible_table", "weigh_rows", "weight_products",
-    "wide", "widen", "z_loss", "z_losses", "zeros_like",
+    "attention_part_gradients", "balance", "begin_all_to_all", "biased_attention", "cache_read", "cache_write",
+    "cached_attention", "cached_positions", "cached_write", "cast", "causal_conv1d", "choices_of", "clamp", "column_sum",
+    "combine", "concat", "conv1d_taps", "counted", "cross_entropy", "delta_rule", "dispatch", "drop_at", "dropout",
+    "embedding", "embedding_sum", "end_all_to_all", "fixed", "fork_seed", "frequencies", "gated_delta_final",
+    "gated_delta_rule", "gated_input", "gated_linear_attention", "gelu", "grouped_linear", "grouped_outer", "head_linear",
+    "head_outer", "head_parts", "in_sections", "inside", "join", "kimi_delta_attention", "kimi_delta_final", "l2_norm",
+    "last_token", "layer_norm", "linear", "linear_cross_entropy", "linear_token_losses", "load_balance_loss", "mean_of",
+    "mul", "neg_exp", "normal_cdf", "outer", "page_write", "paged_attention", "positions", "put_last", "reach",
+    "reduce_scatter", "relabel", "relu", "relu2", "reorder", "repeat_heads", "reshape", "retention", "return_rows",
+    "rg_lru", "rms_norm", "rope", "rope_table", "route", "router_scores", "row_mean", "row_sum", "rows_of", "rsqrt",
+    "scale", "scale_columns", "scale_heads", "scale_rows", "segment_ends", "segments", "selective_scan", "send_rows",
+    "shard", "shift", "shift_positions", "sides", "sigmoid", "silu", "softcap", "softplus", "split", "spread_columns",
+    "spread_experts", "spread_rows", "spread_total", "ssd", "step", "sub", "sum_experts", "sum_heads", "sum_rows",
+    "take_rows", "tanh", "token_losses", "tokens_of", "total", "visible_table", "weigh_rows", "weight_products", "wide",
+    "widen", "z_loss", "z_losses", "zeros_like",
 ]  # fmt: skip

@@ -59,11 +59,10 @@ def page_write(pool: Tensor, x: Tensor, slots: Tensor) -> Tensor:
     return kept.index_copy(0, index, x.flatten(0, 1).to(pool.dtype))[:-1].view(pool.shape)
 
 
-@op("pool[p q g d], table:i64[n k] -> y[n (k q) g d]", map="n g d", scan="p q k", linear="pool")
-def page_read(pool: Tensor, table: Tensor) -> Tensor:
-    """Each row's pages, one behind the other; page -1 is read as zeros"""
-    found = pool[table.clamp_min(0)] * (table >= 0)[:, :, None, None, None]
-    return found.flatten(1, 2)
+@op("x[b t d], cu:i64[n+1] -> y[b n d]", map="b d", scan="t", whole="n", linear="x")
+def segment_ends(x: Tensor, cu: Tensor) -> Tensor:
+    """y = the last token of every packed segment; of an empty one the token before it, if there is one, else the first"""
+    return x[:, (cu[1:] - 1).clamp_min(0)]
 
 
 @op(
@@ -91,6 +90,27 @@ def cached_attention(
     return torch.stack([torch.cat(row) for row in rows]).to(q.dtype)
 
 
+@op(
+    "q[b t (g r) d], k[p c g d], v[p c g e], table:i64[n f], at:i64[n], sinks[(g r)]?, cu:i64[n+1]? -> o[b t (g r) e]",
+    map="b g r e", scan="t p c f", whole="n d", flops="2*b*t*f*c*g*r*(d+e)", same="n b cu",
+)  # fmt: skip
+def paged_attention(
+    q: Tensor, k: Tensor, v: Tensor, table: Tensor, at: Tensor, sinks: Tensor | None = None, cu: Tensor | None = None,
+    *, window: int = 0, softcap: float = 0.0, scale: float | None = None,
+) -> Tensor:  # fmt: skip
+    """Causal attention of a call's tokens to what their rows hold in the pages of a pool, their own included
+
+    Token p of row r stands in page table[r, p / c], place p modulo c; page -1 holds zeros. Options are attention's.
+    """
+    rows = (pages_of(pool, table) for pool in (k, v))
+    return cached_attention.reference(q, *rows, at, sinks, cu, window=window, softcap=softcap, scale=scale)
+
+
+def pages_of(pool: Tensor, table: Tensor) -> Tensor:
+    """[n, f * c, g, d]: each row's pages, one behind the other."""
+    return (pool[table.clamp_min(0)] * (table >= 0)[:, :, None, None, None]).flatten(1, 2)
+
+
 def held(at: Tensor, t: int, m: int, window: int) -> Tensor:
     """[t, m]: which slots of one row's ring each of the t tokens behind `at` may see."""
     place = at + torch.arange(t, device=at.device)[:, None]
@@ -100,7 +120,7 @@ def held(at: Tensor, t: int, m: int, window: int) -> Tensor:
     return seen & (stands > place - window) if window else seen
 
 
-CACHES: tuple[OpDef, ...] = (cached_write, page_write, page_read, cached_attention)
+CACHES: tuple[OpDef, ...] = (cached_write, page_write, segment_ends, cached_attention, paged_attention)
 cached_positions.no_gradient("its result is integers")
 
 
@@ -134,6 +154,18 @@ def _(sample: Any) -> list[Any]:
     return [sample.randn(4, 3, 2, 5), sample.randn(2, 3, 2, 5), torch.tensor([[0, 7, -1], [11, 3, 4]])]
 
 
-@page_read.samples
+@segment_ends.samples
 def _(sample: Any) -> list[Any]:
-    return [sample.randn(4, 3, 2, 5), torch.tensor([[0, 3], [2, -1]])]
+    return [sample.randn(2, 5, 3), torch.tensor([0, 0, 2, 2, 5])]
+
+
+@paged_attention.samples
+def _(sample: Any) -> list[Any]:
+    batch, cu = _rows(sample)
+    q, k, v, table = sample.randn(batch, 5, 6, 3), sample.randn(9, 4, 3, 3), sample.randn(9, 4, 3, 7), _table()
+    return [q, k, v, table, torch.tensor([1, 0, 9]), sample.randn(6), cu, {"window": 3, "softcap": 2.0}]
+
+
+def _table() -> Tensor:
+    """Pages of three rows, some side by side in the pool and some apart."""
+    return torch.tensor([[5, 6, -1, -1], [0, 8, -1, -1], [1, 2, 7, 4]])

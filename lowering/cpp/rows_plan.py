@@ -18,7 +18,7 @@ class Nest:
     """Sums, or stores, that share their loops over inner axes."""
 
     axes: tuple[Axis, ...]
-    along: tuple[Axis, ...]  # the last of them, which sums run along
+    along: tuple[Axis, ...]  # the last of them, where sums run along several
     ends: tuple[End, ...]
 
 
@@ -73,7 +73,7 @@ def _nests(ends: Iterable[End], inner: Sequence[Axis]) -> tuple[Nest, ...]:
 
 
 def _loops(end: End, inner: Sequence[Axis]) -> tuple[tuple[Axis, ...], tuple[Axis, ...]]:
-    """The inner axes that an end runs over, and those of them that a sum runs along."""
+    """The inner axes that an end runs over, and those of them that a sum runs along, where they are several."""
     if isinstance(end, Store):
         found = end.expr.axes | frozenset[Axis]().union(*(i.axes for i in end.where))
         return tuple(a for a in inner if a in found), ()
@@ -81,7 +81,7 @@ def _loops(end: End, inner: Sequence[Axis]) -> tuple[tuple[Axis, ...], tuple[Axi
     along = tuple(a for a in axes if a in end.params)
     if axes[len(axes) - len(along) :] != along:
         raise Declined("a sum is along an axis whose places do not stand together")
-    return axes, along
+    return axes, along if len(along) > 1 else ()  # along one axis, it shares a loop with stores
 
 
 def _kept(visits: Sequence[Sequence[Nest]], inner: Sequence[Axis], made: set[Expr]) -> frozenset[Expr]:

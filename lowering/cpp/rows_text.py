@@ -138,7 +138,7 @@ def number(value: float) -> str:
 
 def rates(table: Sequence[object]) -> list[float]:
     """Turns a place of each pair of a rotation, as `rope` has them."""
-    _, rounded, width, theta, *scaling = table
+    rounded, width, theta, *scaling = table
     like = torch.empty(0, dtype=torch.float64)
     found = frequencies(int(width), float(theta), tuple(scaling), like, bool(rounded))  # type: ignore[arg-type] # numbers by construction
     return (found / (2 * math.pi)).tolist()

@@ -11,8 +11,8 @@ from ..rows.expr import Expr
 from ..rows.index import Axis, Declined, Index
 from ..rows.pieces import Store
 from ..rows.write import Slot, contiguous
-from .rows_plan import Nest, Plan
-from .rows_text import TEXT, index_text, number, rates
+from .rows_plan import End, Nest, Plan
+from .rows_text import TEXT, index_text, number
 
 SMALL = 8  # turns of a loop that is written out
 
@@ -193,7 +193,7 @@ class Writer:
             for nest in nests:
                 self.made = list[tuple[Expr, str]]()
                 before = len(scope.lines)
-                (self.total if isinstance(nest.ends[0], Expr) else self.stores)(nest, scope)
+                (self.total if nest.along else self.ends)(nest, scope)
                 inner = set(self.plan.inner)
                 scope.lines[before:before] = [self.array(name, e.axes & inner) for e, name in self.made]
                 self.rows |= {e: (f"{name}{self.subscript(e.axes & inner)}", scope.depth) for e, name in self.made}
@@ -201,55 +201,70 @@ class Writer:
     # -- sums along a row -----------------------------------------------------------------
 
     def total(self, nest: Nest, scope: Scope) -> None:
-        """Sums along a row: in one number, or in one for each place of the last axis where they run along several."""
-        kept = nest.axes[: len(nest.axes) - len(nest.along)]
-        ends = [e for e in nest.ends if isinstance(e, Expr)]
-        names = {e: f"a{self.count + i}" for i, e in enumerate(ends)}
-        self.count += len(ends)
-        results = {e: f"{names[e]}s{self.subscript(frozenset(kept))}" for e in ends} if kept else {}
-        if kept:
-            scope.lines += [self.array(f"{names[e]}s", frozenset(kept)) for e in ends]
+        """Sums along several axes of a row, in one number for each place of the last of them."""
+        kept, ends = nest.axes[: len(nest.axes) - len(nest.along)], [e for e in nest.ends if isinstance(e, Expr)]
+        names: dict[End, str] = {e: self.number() for e in ends}
+        results = self.found(ends, names, kept, scope)
         self.loops(scope, kept, partial(self.row_total, nest.along, names, results))
-        for e, name in names.items():
-            if kept:
-                self.rows[e] = (results[e], scope.depth)
-            else:
-                scope.names[e] = name
 
-    def row_total(self, along: Sequence[Axis], names: Mapping[Expr, str], results: Mapping[Expr, str], scope: Scope) -> None:
-        last = along[-1].size if len(along) > 1 else 0
-        scope.lines += [f"float {n}{f'p[{last}] = {{}}' if last else ' = 0'};" for n in names.values()]
+    def number(self) -> str:
+        """A fresh name of a sum."""
+        self.count += 1
+        return f"a{self.count}"
+
+    def found(self, ends: Sequence[Expr], names: Mapping[End, str], kept: Sequence[Axis], scope: Scope) -> dict[Expr, str]:
+        """Where sums are found: by their names, or in arrays over the axes that stay apart."""
+        if not kept:
+            scope.names.update((e, names[e]) for e in ends)
+            return {}
+        scope.lines += [self.array(f"{names[e]}s", frozenset(kept)) for e in ends]
+        found = {e: f"{names[e]}s{self.subscript(frozenset(kept))}" for e in ends}
+        self.rows |= {e: (place, scope.depth) for e, place in found.items()}
+        return found
+
+    def row_total(self, along: Sequence[Axis], names: Mapping[End, str], results: Mapping[Expr, str], scope: Scope) -> None:
+        scope.lines += [f"float {n}p[{along[-1].size}] = {{}};" for n in names.values()]
 
         def add(inside: Scope) -> None:
-            place = f"p[{along[-1].name}]" if last else ""
-            lines = [f"{name}{place} += {self.text(e.args[0], inside)};" for e, name in names.items()]
-            inside.lines += lines
+            inside.lines += [
+                f"{n}p[{along[-1].name}] += {self.text(e.args[0], inside)};" for e, n in names.items() if isinstance(e, Expr)
+            ]
 
-        self.loops(scope, along, add, "" if last else ", ".join(names.values()))
-        for name in names.values() if last else ():
+        self.loops(scope, along, add)
+        for name in names.values():
             scope.lines += [f"float {name} = 0;", f"#pragma omp simd reduction(+ : {name})"]
-            scope.lines.append(f"for (int64_t i = 0; i < {last}; i++) {name} += {name}p[i];")
+            scope.lines.append(f"for (int64_t i = 0; i < {along[-1].size}; i++) {name} += {name}p[i];")
         scope.lines += [f"{place} = {names[e]};" for e, place in results.items()]
 
-    # -- stores ---------------------------------------------------------------------------
+    # -- one visit's loops ----------------------------------------------------------------
 
-    def stores(self, nest: Nest, scope: Scope) -> None:
-        found = [s for s in nest.ends if isinstance(s, Store)]
-        inward = [s for s in found if s.sums and nest.axes and nest.axes[-1] not in s.where[0].axes]
-        names = {id(s): f"a{self.count + i}" for i, s in enumerate(inward)}
-        self.count += len(inward)
+    def ends(self, nest: Nest, scope: Scope) -> None:
+        """Stores, and sums along the last axis, in one loop."""
+        last, kept = nest.axes[-1:], nest.axes[:-1]
+        inward = [e for e in nest.ends if isinstance(e, Expr) or (e.sums and not e.where[0].axes >= set(last))]
+        names = {e: self.number() for e in inward} if last else {}
+        sums = [e for e in inward if isinstance(e, Expr)]
+        results = dict[Expr, str]()
 
         def row(inside: Scope) -> None:
             inside.lines += [f"float {n} = 0;" for n in names.values()]
-            self.loops(inside, nest.axes[-1:], each, ", ".join(names.values()))
-            inside.lines += [f"{self.slot(s)} += {self.times(s, names[id(s)])};" for s in inward]
+            self.loops(inside, last, each, ", ".join(names.values()))
+            for e, name in names.items():
+                if isinstance(e, Store):
+                    inside.lines.append(f"{self.slot(e)} += {self.times(e, name)};")
+                elif e in results:
+                    inside.lines.append(f"{results[e]} = {name};")
 
         def each(inside: Scope) -> None:
-            inside.lines += [self.stored(s, self.text(s.expr, inside), names.get(id(s), "")) for s in found]
+            values = [self.text(e.args[0] if isinstance(e, Expr) else e.expr, inside) for e in nest.ends]
+            inside.lines += [self.stored(e, value, names.get(e, "")) for e, value in zip(nest.ends, values, strict=True)]
 
-        self.loops(scope, nest.axes[:-1], row)
+        results |= self.found(sums, names, kept, scope)
+        self.loops(scope, kept, row)
 
-    def stored(self, s: Store, value: str, name: str) -> str:
+    def stored(self, s: End, value: str, name: str) -> str:
+        if isinstance(s, Expr):
+            return f"{name} += {value};"
         if not s.sums:
             target = int(s.target)
             place = _offset(s.where, contiguous(self.results[target][1]))

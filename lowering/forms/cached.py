@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -50,18 +51,22 @@ def _forward(
 ) -> Tensor:  # fmt: skip
     k, v = k.to(q.dtype), v.to(q.dtype)
     if cu is None and q.device.type != "cpu":
-        return _all_rows(q, k, v, at, sinks, window, softcap, scale)
-    starts, t, m = at.tolist(), q.shape[1], k.shape[1]
-    how = Masking(None, 0, True, window, softcap, scale)
-    if cu is None and len(set(starts)) == 1 and starts[0] + t <= m:
+        return all_rows(q, k, v, at, sinks, window, softcap, scale)
+    starts, how = at.tolist(), Masking(None, 0, True, window, softcap, scale)
+    if cu is None and len(set(starts)) == 1:
         return _tokens(q, k, v, sinks, how, starts[0], slice(None))
-    borders = cu.tolist() if cu is not None else range(0, len(starts) * t + 1, t)
+    return row_by_row(q, v, cu, len(starts), lambda x, row: _tokens(x, k, v, sinks, how, starts[row], slice(row, row + 1)))
+
+
+def row_by_row(q: Tensor, v: Tensor, cu: Tensor | None, rows: int, attend: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """What `attend` makes of each row's own queries [1 t h d], where they stand in q."""
+    borders = cu.tolist() if cu is not None else range(0, rows * q.shape[1] + 1, q.shape[1])
     flat = q.flatten(0, 1)
     out = q.new_empty(*flat.shape[:2], v.shape[-1])
-    for row, start in enumerate(starts):
+    for row in range(rows):
         own = slice(borders[row], borders[row + 1])
         if own.start < own.stop:
-            out[own] = _tokens(flat[None, own], k, v, sinks, how, start, slice(row, row + 1))[0]
+            out[own] = attend(flat[None, own], row)[0]
     return out.view(*q.shape[:3], v.shape[-1])
 
 
@@ -83,7 +88,7 @@ def _unrolled(x: Tensor, first: int, end: int) -> Tensor:
     return x[:, i:j] if i < j else torch.cat([x[:, i:], x[:, :j]], 1)
 
 
-def _all_rows(
+def all_rows(
     q: Tensor, k: Tensor, v: Tensor, at: Tensor, sinks: Tensor | None, window: int, softcap: float, scale: float
 ) -> Tensor:
     """Every slot of every row under a mask: the host waits for nothing."""

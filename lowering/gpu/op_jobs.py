@@ -11,14 +11,17 @@ from torch import Tensor
 from ...ir import Node, OpDef, ops
 
 if TYPE_CHECKING:
-    from ..recurrent.jobs import Launch
+    from ..attending.jobs import Launch as Attending
+    from ..recurrent.jobs import Launch as Recurrent
+
+FINALS = ("gated_delta_final", "kimi_delta_final")  # recurrences whose state alone is asked for
 
 
 @dataclass(frozen=True)
 class OpKernels:
     """The launches of an op's half, as a table and a text want them."""
 
-    launches: tuple[Launch, ...]
+    launches: tuple[Recurrent | Attending, ...]
 
     @property
     def text(self) -> str:
@@ -35,7 +38,7 @@ def halves(node: Node) -> tuple[str, ...]:
     of = node.op.gradient_of
     if of is not None and (of in ops.FAMILY or of.name == "attention"):
         return ("backward",)
-    return ("forward",) if node.is_op("causal_conv1d") else ()
+    return ("forward",) if node.is_op("causal_conv1d", *FINALS) else ()
 
 
 def op_kernels(node: Node, half: str, target: str, operands: Sequence[Tensor | None]) -> OpKernels:
@@ -49,7 +52,7 @@ def op_kernels(node: Node, half: str, target: str, operands: Sequence[Tensor | N
         assert op.gradient_of is not None
         op = op.gradient_of
         node, operands = replace(node, op=op, inputs=node.inputs[: len(op.inputs)]), operands[: len(op.inputs)]
-    home = recurrent if op in ops.FAMILY else attending
+    home = recurrent if op in ops.FAMILY or op.name in FINALS else attending
     return OpKernels(home.launches(node, target, halves=(half,), operands=operands))
 
 

@@ -30,9 +30,10 @@ def $name($arguments):
         $gates
         i_s, o_s = (i_c * H + i_h) * CHUNK * CHUNK, o_i[:, None] * CHUNK + o_i[None, :]
         tl.store(p_dstates + (i_c * H + i_h) * K * V + o_kv, ds.to(C), mask=m_s)
-        w = added($write_back, tl.trans(tl.load(p_scores + i_s + o_s)), do, C, PRECISION)
+        w = added($write_back, tl.trans(tl.load(p_scores + i_s + o_s)), do, L, SOLVE)
         $beta
         $unsolve
+        $pull_beta
         i_w, o_w = (start * H + i_h) * V, o_i[:, None] * (H * V) + o_v[None, :]
         tl.store(p_w + i_w + o_w, w.to(C), mask=m_v)
         dv = w$times_beta
@@ -63,10 +64,10 @@ def $name($arguments):
         $load_u
         dp = added(dp, do, tl.trans(u), C, PRECISION)
         $pull_da
-        $pull_beta
+        $pull_beta_late
     $weights
     i_s, o_s = (i_c * H + i_h) * CHUNK * CHUNK, o_i[:, None] * CHUNK + o_i[None, :]
-    tl.store(p_dp + i_s + o_s, (tl.where(o_i[:, None] >= o_i[None, :], dp, 0.0) * scale).to(C))
+    tl.store(p_dp + i_s + o_s, (tl.where(o_i[:, None] >= o_i[None, :], dp, 0.0) * scale).to(L))
     $store_da
     $store_dbeta
 '''

@@ -135,14 +135,8 @@ def $name($arguments):
         $qk
         $kk
     $scale_qk
-    for i_r in range(R):
-        i_h = i_g * R + i_r
-        $sums
-        $pairs
-        i_s, o_s = (i_c * H + i_h) * CHUNK * CHUNK, o_i[:, None] * CHUNK + o_i[None, :]
-        $store_qk
-        $beta
-        $solve
+    $store_heads
+    $solve_heads
 ''',
     "channel": '''
 @triton.jit(do_not_specialize=[$loose])
@@ -164,7 +158,7 @@ def $name($arguments):
         for level in range(LEVELS):
             near = span(p_sums + (start * H + i_h) * K, sums, o_i, o_k, last, level, H * K, K, BK)
             meets = across(o_i, level)
-            near_k = (k * near).to(C)
+            near_k = (k * near).to(L)
             $scores
             $meets
     i_s, o_s = (i_c * H + i_h) * CHUNK * CHUNK, o_i[:, None] * CHUNK + o_i[None, :]

@@ -10,7 +10,7 @@ import torch
 
 from ..forms.chunked import Operands
 from .source import Source, backward_source, decode_source, forward_source
-from .traits import Config, Tile, Traits, config
+from .traits import Config, Tile, Traits, config, measured
 
 Tensor = torch.Tensor
 
@@ -46,8 +46,13 @@ class Call:
     x: Operands
     traits: Traits
     config: Config
+    target: str
     chunks: int  # of a sequence; of the whole row where packed
     values: Mapping[str, Any]
+
+    def tile(self, function: str) -> Tile:
+        """How a function is launched."""
+        return measured(self.config, function, self.traits, self.x.k.shape[3], self.x.v.shape[3], self.target)
 
     @property
     def count(self) -> int:
@@ -63,13 +68,19 @@ class Call:
         rows = b * t if self.x.delta else 0
         return (rows, heads, width), (inner, *pair), (self.count + 1, *pair), (self.count + 1, heads, self.x.k.shape[3], width)
 
+    @property
+    def saved_dtypes(self) -> tuple[torch.dtype, ...]:
+        """Dtypes of `Saved`."""
+        product = self.config.product
+        return product, product, self.config.inner, product
+
 
 def call_of(x: Operands, *, keep: bool = False, output: bool = True, target: str = "sm_90") -> Call:
     """What the launches of a recurrence share."""
     decay = "none" if x.decay is None else "channel" if x.by_channel else "head"
     traits = Traits(decay, x.delta, x.beta is not None, x.cu is not None, x.state is not None, keep, output)
     _, t, heads, width = x.v.shape
-    made = config(promoted(x), x.k.shape[3], width, decay=decay, target=target)
+    made = config(promoted(x), x.k.shape[3], width, decay=decay, delta=x.delta, target=target)
     size = made.chunk
     chunks = (t + size - 1) // size if x.cu is None else t // size + x.states
     values = {
@@ -83,7 +94,14 @@ def call_of(x: Operands, *, keep: bool = False, output: bool = True, target: str
             "LEVELS": size.bit_length() - 1,
             "SPLIT": made.split,
         },
-        **{"PRECISION": made.precision, "SOLVE": made.solve, "C": made.product, "WIDE": made.wide, "TINY": made.tiny},
+        **{
+            "PRECISION": made.precision,
+            "SOLVE": made.solve,
+            "C": made.product,
+            "L": made.inner,
+            "WIDE": made.wide,
+            "TINY": made.tiny,
+        },
         **{f"p_{name}": x for name, x in ({} if x.cu is None else _tables(x.cu.to(x.v.device), t, chunks, size)).items()},
     }
     for name in ("q", "k", "v", "decay", "beta"):
@@ -91,7 +109,7 @@ def call_of(x: Operands, *, keep: bool = False, output: bool = True, target: str
         values |= {} if given is None else rows_of(name, given)
     if x.state is not None:
         values["p_state"] = x.state.contiguous()
-    return Call(x, traits, made, chunks, values)
+    return Call(x, traits, made, target, chunks, values)
 
 
 def promoted(x: Operands) -> torch.dtype:
@@ -120,8 +138,8 @@ def _tables(cu: Tensor, tokens: int, chunks: int, size: int) -> dict[str, Tensor
     return {"cu": borders, "first": first, "segment": torch.where(place < first[-1], found, -1)}
 
 
-def _step(call: Call, source: Source, name: str, programs: int, tile: Tile, buffers: Mapping[str, Any]) -> Step:
-    function = source.functions[name]
+def _step(call: Call, source: Source, name: str, programs: int, buffers: Mapping[str, Any]) -> Step:
+    function, tile = source.functions[name], call.tile(name)
     every = {**call.values, **buffers, "BK": tile.key, "BV": tile.value}
     return Step(source, function.name, programs, {a: every[a] for a in function.arguments}, tile)
 
@@ -154,23 +172,23 @@ def final_state(x: Operands, run: Run, *, target: str = "sm_90") -> Tensor:
 
 def _chunks(call: Call, run: Run, buffers: Mapping[str, Any]) -> None:
     """The forward's launches."""
-    x, source, tile = call.x, forward_source(call.traits), call.config.scan
+    x, source = call.x, forward_source(call.traits)
     heads, lanes = x.v.shape[2], x.v.shape[2] if call.traits.decay == "channel" else x.k.shape[2]
     buffers = {**buffers, **_gated(call, source, run)}
-    _go(run, _step(call, source, "prepare", call.count * lanes, call.config.prepare, buffers))
-    _go(run, _step(call, source, "scan", x.states * heads * parts_of(x.v.shape[3], tile.value), tile, buffers))
+    _go(run, _step(call, source, "prepare", call.count * lanes, buffers))
+    _go(run, _step(call, source, "scan", x.states * heads * parts_of(x.v.shape[3], call.tile("scan").value), buffers))
 
 
 def _gated(call: Call, source: Source, run: Run) -> dict[str, Tensor]:
     """A channel decay's sums, and queries and keys as they meet the state; nothing where decay is no channel's."""
     if call.traits.decay != "channel":
         return {}
-    x, c, tile = call.x, call.config, call.config.gates
+    x, c = call.x, call.config
     (b, t, heads, _), width = x.v.shape, x.k.shape[3]
     kinds = {"sums": c.wide, "q_read": c.product, "k_read": c.product, "k_write": c.product}
     made = {f"p_{name}": x.v.new_empty((b * t, heads, width), dtype=dtype) for name, dtype in kinds.items()}
     made["p_fade"] = x.v.new_empty((call.count + 1, heads, width), dtype=torch.float32)
-    _go(run, _step(call, source, "gates", call.count * heads * parts_of(width, tile.key), tile, made))
+    _go(run, _step(call, source, "gates", call.count * heads * parts_of(width, call.tile("gates").key), made))
     return made
 
 
@@ -186,10 +204,12 @@ def final_room(x: Operands) -> Tensor:
 def saved_room(call: Call) -> Saved:
     """Buffers between the launches; what no chunk fills is zero where they are kept, so that equal calls give equal results."""
     if call.traits.packed and call.traits.keep:
-        return Saved(*(call.x.v.new_zeros(shape, dtype=call.config.product) for shape in call.saved_shapes))
+        return Saved(
+            *(call.x.v.new_zeros(shape, dtype=d) for shape, d in zip(call.saved_shapes, call.saved_dtypes, strict=True))
+        )
     needed = (call.traits.keep, True, call.traits.output, call.traits.keep)
     shapes = [shape if asked else (0,) for shape, asked in zip(call.saved_shapes, needed, strict=True)]
-    made = Saved(*(call.x.v.new_empty(shape, dtype=call.config.product) for shape in shapes))
+    made = Saved(*(call.x.v.new_empty(shape, dtype=d) for shape, d in zip(shapes, call.saved_dtypes, strict=True)))
     if call.traits.keep:
         for tensor in (made.solve, made.scores, made.states):
             tensor[-1:].zero_()
@@ -199,10 +219,10 @@ def saved_room(call: Call) -> Saved:
 def decode(x: Operands, run: Run, *, final: Tensor | None = None, target: str = "sm_90") -> tuple[Tensor, Tensor]:
     """o and the state after a few tokens; `final` may be the state itself, which is then updated in place."""
     call = call_of(x, target=target)
-    o, tile = _output(x), call.config.decode
+    o = _output(x)
     final = final_room(x) if final is None else final
-    programs = x.states * x.v.shape[2] * parts_of(x.v.shape[3], tile.value)
-    _go(run, _step(call, decode_source(call.traits), "decode", programs, tile, {"p_o": o, "p_final": final}))
+    programs = x.states * x.v.shape[2] * parts_of(x.v.shape[3], call.tile("decode").value)
+    _go(run, _step(call, decode_source(call.traits), "decode", programs, {"p_o": o, "p_final": final}))
     return o, final
 
 
@@ -226,12 +246,10 @@ def backward(
     do = x.v.new_zeros(()).expand_as(x.v).contiguous() if do is None else do
     out, buffers = _gradient_room(call, do, dfinal, saved)
     source, heads, width = backward_source(call.traits), x.v.shape[2], x.k.shape[3]
-    tiles = call.config
     buffers |= _gated(call, forward_source(call.traits), run)
-    _go(run, _step(call, source, "back", x.states * heads * parts_of(x.v.shape[3], tiles.back.value), tiles.back, buffers))
-    _go(run, _step(call, source, "pulls", call.count * heads, tiles.pulls, buffers))
-    programs = call.count * heads * parts_of(width, tiles.gradients.key)
-    _go(run, _step(call, source, "gradients", programs, tiles.gradients, buffers))
+    _go(run, _step(call, source, "back", x.states * heads * parts_of(x.v.shape[3], call.tile("back").value), buffers))
+    _go(run, _step(call, source, "pulls", call.count * heads, buffers))
+    _go(run, _step(call, source, "gradients", call.count * heads * parts_of(width, call.tile("gradients").key), buffers))
     return out()
 
 
@@ -240,11 +258,11 @@ def _gradient_room(
 ) -> tuple[Callable[[], Gradients], dict[str, Any]]:
     """Buffers by name, and the gradients in them once they are filled."""
     x, like = call.x, torch.zeros_like if call.traits.packed else torch.empty_like
-    dense, inner = torch.contiguous_format, call.config.product
+    dense = torch.contiguous_format
     dq, dk = (_head_room(call, y) for y in (x.q, x.k))
     dv = like(x.v, memory_format=dense)
     rows, heads = x.v.shape[0] * x.v.shape[1], x.v.shape[2]
-    parts = parts_of(x.k.shape[3], call.config.gradients.key)
+    parts = parts_of(x.k.shape[3], call.tile("gradients").key)
     ddecay = None if x.decay is None else like(x.decay, memory_format=dense)
     if ddecay is not None and not x.by_channel:
         ddecay = ddecay.new_zeros((parts, rows, heads), dtype=torch.float32)
@@ -253,10 +271,8 @@ def _gradient_room(
     dfinal = torch.zeros_like(dstate) if dfinal is None else dfinal.contiguous()
     buffers = {f"p_{name}": getattr(saved, name) for name in ("u", "solve", "scores", "states")}
     buffers |= {"p_dq": dq, "p_dk": dk, "p_dv": dv, "p_ddecay": ddecay, "p_dbeta": dbeta}
-    buffers |= {"p_dstate": dstate, "p_dfinal": dfinal}
-    buffers |= {"p_w": x.v.new_empty((rows, heads, x.v.shape[3]), dtype=inner), **rows_of("do", do)}
-    buffers |= {"p_dp": torch.empty_like(saved.scores), "p_da": torch.empty_like(saved.solve)}
-    buffers |= {"p_dstates": torch.empty_like(saved.states)}
+    buffers |= {"p_dstate": dstate, "p_dfinal": dfinal, **rows_of("do", do)}
+    buffers |= _between(call, saved)
 
     def filled() -> Gradients:
         decay = ddecay
@@ -266,6 +282,17 @@ def _gradient_room(
         return Gradients(_added_up(dq, x.q), _added_up(dk, x.k), dv, decay, beta, dstate)
 
     return filled, buffers
+
+
+def _between(call: Call, saved: Saved) -> dict[str, Any]:
+    """Buffers between the backward's launches."""
+    v, width = call.x.v.flatten(0, 1), call.tile("back").value
+    pulled = v.new_empty((parts_of(v.shape[2], width), *v.shape[:2]), dtype=torch.float32)
+    return {
+        **{"p_w": v.new_empty(v.shape, dtype=call.config.product), "p_pulled": pulled, "BW": width, "EARLY": call.config.early},
+        **{"p_dp": torch.empty_like(saved.scores), "p_da": torch.empty_like(saved.solve)},
+        "p_dstates": torch.empty_like(saved.states),
+    }
 
 
 def _head_room(call: Call, x: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from ..forms import recurrence as torch_form
 from ..forms import relay_op
 from ..forms.chunked import Operands
 from ..forms.precision import opaque
-from .launch import Run, Saved, backward, call_of, decode, final_room, forward, promoted
+from .launch import Run, Saved, backward, call_of, decode, final_room, forward
 from .launch import final_state as final_state_kernels
 from .run import interpreted, launched, target_of
 from .traits import FEW, unfit
@@ -127,7 +127,7 @@ def _fake_forward(*values: Any) -> tuple[Tensor, ...]:
     if not keep:
         return o, final_room(x), *(x.v.new_empty(0) for _ in range(4))
     call = call_of(x, keep=True)
-    return o, final_room(x), *(x.v.new_empty(shape, dtype=promoted(x)) for shape in call.saved_shapes)
+    return o, final_room(x), *(x.v.new_empty(s, dtype=d) for s, d in zip(call.saved_shapes, call.saved_dtypes, strict=True))
 
 
 def _backward(*values: Any) -> tuple[Tensor, ...]:

@@ -70,6 +70,14 @@ rise = tl.exp(sums.to(tl.float32))
 fall = tl.exp(tl.minimum(total[None, :] - sums, 0.0).to(tl.float32))
 fade = tl.exp(total.to(tl.float32))[:, None]"""
 
+# Value heads are walked twice, so that scores need no registers while keys are solved for.
+_VALUE_HEADS = """
+for i_r in range(R):
+    i_h = i_g * R + i_r
+    $sums
+    $pairs
+    i_s, o_s = (i_c * H + i_h) * CHUNK * CHUNK, o_i[:, None] * CHUNK + o_i[None, :]"""
+
 _KEPT: Parts = {
     "no_kept": "kept = tl.zeros((BK,), tl.float32)",
     "pull_kept": "kept += tl.sum(s.to(tl.float32) * ds.to(tl.float32), 1)",
@@ -152,12 +160,12 @@ s *= tl.exp(g)[:, None]""",
         "pair_gradients": """
 moved = $pulled
 right = $first_right
-for level in range(LEVELS):
+for level in $levels:
     near = span(p_sums + (start * H + i_h) * K, sums, o_i, o_k, last, level, H * K, K, BK)
     meets = across(o_i, level)
     part = tl.where(meets, dp, 0.0)
-    near_q, near_k = (q * near).to(C), (k * near).to(C)
-    row, column = product(part, near_k, C, PRECISION), product(tl.trans(part), near_q, C, PRECISION)
+    near_q, near_k = (q * near).to(L), (k * near).to(L)
+    row, column = product(part, near_k, L, SOLVE), product(tl.trans(part), near_q, L, SOLVE)
     left += row * near
     right += column * near
     moved += near_q * row - near_k * column
@@ -172,9 +180,32 @@ tl.store(p_ddecay + o_decay, past.to(p_ddecay.dtype.element_ty), mask=m_k)""",
 }
 
 BETA: Mapping[bool, Parts] = {
-    False: {"beta": "", "times_beta": "", "update_one_beta": "", "no_dbeta": "", "pull_beta": "", "store_dbeta": ""},
+    False: {
+        "beta": "",
+        "times_beta": "",
+        "update_one_beta": "",
+        "no_dbeta": "",
+        "pull_beta": "",
+        "pull_beta_late": "",
+        "store_dbeta": "",
+    },
     True: {
+        # Where w is not rounded yet: what w and u lose would add up in their product.
+        "pull_beta": """
+if EARLY:
+    $load_written
+    pulled = tl.sum(w * $written.to(tl.float32), 1)
+    tl.store(p_pulled + (i_v * n_rows + start) * H + i_h + o_i * H, pulled, mask=m)""",
         "no_dbeta": "dbeta = tl.zeros((CHUNK,), tl.float32)",
+        "pull_beta_late": """
+if not EARLY:
+    $load_written
+    dbeta += tl.sum(w.to(tl.float32) * $written.to(tl.float32), 1)""",
+        "store_dbeta": """
+if EARLY:
+    for i_v in range(0, tl.cdiv(V, BW)):
+        dbeta += tl.load(p_pulled + (i_v * n_rows + start) * H + i_h + o_i * H, mask=m, other=0.0)
+tl.store(p_dbeta + start * H + i_h + o_i * H, $dbeta, mask=m)""",
         "beta": """
 beta = tl.load(p_beta + start * s_beta_t + i_h * s_beta_h + o_i * s_beta_t, mask=m, other=0.0).to(tl.float32)[:, None]
 $beta_guard""",
@@ -190,7 +221,7 @@ UPDATE: Mapping[bool, Parts] = {
         "no_kk": "",
         "meets": "",
         "beta_guard": "",
-        "solve": "",
+        **{"solve": "", "solve_heads": ""},
         "store_k_read": "",
         "update": "u = v$times_beta",
         "keep_u": "",
@@ -202,10 +233,9 @@ UPDATE: Mapping[bool, Parts] = {
 $load_v
 u = v$times_beta""",
         "pull_da": "",
-        "pull_beta": "dbeta += tl.sum(w.to(tl.float32) * v.to(tl.float32), 1)",
+        **{"load_written": "$load_v", "written": "v", "dbeta": "dbeta"},
         "weigh_da": "",
         "store_da": "",
-        "store_dbeta": "tl.store(p_dbeta + start * H + i_h + o_i * H, dbeta, mask=m)",
         "no_left_k": "",
         "pull_left_k": "",
         "times_left_k": "",
@@ -218,6 +248,8 @@ right = product(tl.trans(dp), q, C, PRECISION)""",
         "moved": "q * left - k * right",
         "pulled": "q * left",
         "first_right": "tl.zeros((CHUNK, BK), tl.float32)",
+        # What is the same at every level is made again there: registers hold operands of float32 instead.
+        "levels": "tl.range(0, LEVELS, disable_licm=True)",
         "head_left_k": "",
         "beta_of_u": "$beta",
         "beta_of_left_k": "",
@@ -226,10 +258,11 @@ right = product(tl.trans(dp), q, C, PRECISION)""",
         "load_k_read": f"k_read = {_K_READ}",
         "kk": "kk = added(kk, k, tl.trans(k), C, PRECISION)",
         "no_kk": "kk = tl.zeros((CHUNK, CHUNK), tl.float32)",
-        "meets": "kk += tl.where(meets, product(near_k, tl.trans(near_k), C, PRECISION), 0.0)",
+        "meets": "kk += tl.where(meets, product(near_k, tl.trans(near_k), L, SOLVE), 0.0)",
         "solve": """
 solve = invert(tl.where(o_i[:, None] > o_i[None, :], $weighted_kk$times_beta, 0.0), CHUNK, SOLVE)
 tl.store(p_solve + i_s + o_s, solve.to(C))""",
+        "solve_heads": f"{_VALUE_HEADS}\n    $beta\n    $solve",
         "store_k_read": "tl.store(p_k_read + i_x + o_x, (k * rise).to(C), mask=m_k)",
         "update": """
 u = (v - $read_k)$times_beta
@@ -240,10 +273,9 @@ u = solved(tl.load(p_solve + i_s + o_s), u, C, PRECISION)""",
         "no_da": "da = tl.zeros((CHUNK, CHUNK), tl.float32)",
         "load_u": "u = tl.load(p_u + (start * H + i_h) * V + (o_i[:, None] * (H * V) + o_v[None, :]), mask=m_v, other=0.0)",
         "pull_da": "da = added(da, -w, tl.trans(u), C, PRECISION)",
-        "pull_beta": "dbeta += tl.sum(w.to(tl.float32) * u.to(tl.float32), 1)",
+        **{"load_written": "$load_u", "written": "u", "dbeta": "dbeta / tl.reshape(beta, (CHUNK,))"},
         "weigh_da": "da *= pairs",
         "store_da": "tl.store(p_da + i_s + o_s, (tl.where(o_i[:, None] > o_i[None, :], da, 0.0)$times_beta).to(C))",
-        "store_dbeta": "tl.store(p_dbeta + start * H + i_h + o_i * H, dbeta / tl.reshape(beta, (CHUNK,)), mask=m)",
         "no_left_k": "left_k = tl.zeros((CHUNK, BK), tl.float32)",
         "pull_left_k": """
 $load_w
@@ -257,7 +289,7 @@ left_k = added(left_k, da, k, C, PRECISION)
 right = added(product(tl.trans(dp), q, C, PRECISION), tl.trans(da), k, C, PRECISION)""",
         "pair_gradients_k": """
 part = tl.where(meets, da, 0.0)
-row, column = product(part, near_k, C, PRECISION), product(tl.trans(part), near_k, C, PRECISION)
+row, column = product(part, near_k, L, SOLVE), product(tl.trans(part), near_k, L, SOLVE)
 right += (row + column) * near
 moved += near_k * (row - column)""",
         "moved": "q * left + k * left_k - k * right",
@@ -265,6 +297,7 @@ moved += near_k * (row - column)""",
         "beta_of_u": "",
         "beta_of_left_k": "$beta",
         "first_right": "left_k",
+        "levels": "range(LEVELS)",
         "head_left_k": "right += left_k",
         "beta_guard": "beta = tl.where(tl.abs(beta) < TINY, TINY, beta)",
         "update_one": """
@@ -275,7 +308,7 @@ $update_one_beta""",
 
 OUTPUT: Mapping[bool, Parts] = {
     False: {
-        **dict.fromkeys(("load_q", "store_q_read", "no_qk", "qk", "scale_qk", "store_qk"), ""),
+        **dict.fromkeys(("load_q", "store_q_read", "no_qk", "qk", "scale_qk", "store_heads"), ""),
         **dict.fromkeys(("no_scores", "own_scores", "scores", "store_scores", "output"), ""),
     },
     True: {
@@ -283,16 +316,17 @@ OUTPUT: Mapping[bool, Parts] = {
         "no_qk": "qk = tl.zeros((CHUNK, CHUNK), tl.float32)",
         "qk": "qk = added(qk, q, tl.trans(k), C, PRECISION)",
         "scale_qk": "qk *= scale",
-        "store_qk": "tl.store(p_scores + i_s + o_s, ($weighted_qk).to(C))",
+        "store_heads": f"{_VALUE_HEADS}\n    $store_qk",
+        "store_qk": "tl.store(p_scores + i_s + o_s, ($weighted_qk).to(L))",
         "no_scores": "scores = tl.zeros((CHUNK, CHUNK), tl.float32)",
         "own_scores": """
 own = tl.sum(q.to(tl.float32) * k.to(tl.float32), 1)
 scores += tl.where(o_i[:, None] == o_i[None, :], own[:, None], 0.0)""",
-        "scores": "scores += tl.where(meets, product(q * near, tl.trans(near_k), C, PRECISION), 0.0)",
-        "store_scores": "tl.store(p_scores + i_s + o_s, (scores * scale).to(C))",
+        "scores": "scores += tl.where(meets, product(q * near, tl.trans(near_k), L, SOLVE), 0.0)",
+        "store_scores": "tl.store(p_scores + i_s + o_s, (scores * scale).to(L))",
         "output": """
 $load_q_read
-o = added($read_q * scale, tl.load(p_scores + i_s + o_s), u, C, PRECISION)
+o = added($read_q * scale, tl.load(p_scores + i_s + o_s), u, L, SOLVE)
 tl.store(p_o + (start * H + i_h) * V + (o_i[:, None] * (H * V) + o_v[None, :]), o.to(p_o.dtype.element_ty), mask=m_v)""",
     },
 }

@@ -12,7 +12,25 @@ from .forward_text import DECODE, GATES, INSIDE, INVERT, PREPARE, PRODUCT, READS
 from .parts import parts
 from .traits import Traits
 
-CONSTANTS = ("H", "R", "K", "V", "BK", "BV", "CHUNK", "LEVELS", "SPLIT", "C", "WIDE", "PRECISION", "SOLVE", "TINY")
+CONSTANTS = (
+    "H",
+    "R",
+    "K",
+    "V",
+    "BK",
+    "BV",
+    "BW",
+    "CHUNK",
+    "EARLY",
+    "LEVELS",
+    "SPLIT",
+    "C",
+    "L",
+    "WIDE",
+    "PRECISION",
+    "SOLVE",
+    "TINY",
+)
 NUMBERS = ("t", "chunks", "n_rows", "scale")
 LIBRARY = {  # what a body calls that is no part of it
     **{"solved": SOLVED, "reads": READS, "invert": INVERT, "span": SPAN, "added": PRODUCT},

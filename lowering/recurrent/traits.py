@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 
 import torch
+
+from ...ir import PlaitError
+from ..gpu.tuned import place, tuned
 
 WIDEST = 256  # channels of a key head: a program holds a state's rows whole
 HALF = (torch.bfloat16, torch.float16)
@@ -44,12 +48,39 @@ class Tile:
 
 
 @dataclass(frozen=True)
+class Keys:
+    """What is open where value channels are not seen in parts."""
+
+    key: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Values:
+    """What is open where a state's rows stand whole."""
+
+    value: int
+    warps: int
+    stages: int
+
+
+OPEN: Mapping[str, type[Keys | Values | Tile]] = {
+    **dict.fromkeys(("gates", "prepare"), Keys),
+    **dict.fromkeys(("scan", "back", "pulls", "decode"), Values),
+    "gradients": Tile,
+}
+
+
+@dataclass(frozen=True)
 class Config:
     """All tiles of a recurrence, and how it multiplies."""
 
     chunk: int  # tokens that are worked on together; the same on every target
     split: int  # parts of the key channels, whose products are added up
     product: torch.dtype  # what matrix products multiply
+    inner: torch.dtype  # and those within a chunk
+    early: bool  # whether beta's gradient is made where what it reads is not rounded yet
     precision: str  # of products of float32
     solve: str  # of the products that invert
     wide: torch.dtype  # of sums of decays
@@ -63,11 +94,30 @@ class Config:
     decode: Tile
 
 
-def config(dtype: torch.dtype, k: int, v: int, *, decay: str = "head", target: str = "sm_90") -> Config:
+def config(dtype: torch.dtype, k: int, v: int, *, decay: str = "head", delta: bool = True, target: str = "sm_90") -> Config:
     """The tiles for head sizes k and v: those that compile without spills for a target; nothing is timed."""
     key, value, channel = padded(k), padded(v), decay == "channel"
     made = _half(key, value, channel, target) if dtype in HALF else _full(key, value, channel, target)
-    return replace(made, product=dtype, tiny=2.0**-14 if dtype == torch.float16 else 1e-20)
+    # Keys that decay channel by channel are rounded at every halving of a chunk, unless registers hold them whole.
+    inner = torch.float32 if channel and not delta else dtype
+    return replace(made, product=dtype, inner=inner, tiny=2.0**-14 if dtype == torch.float16 else 1e-20)
+
+
+def measured(made: Config, function: str, traits: Traits, k: int, v: int, target: str) -> Tile:
+    """How a function is launched: as was measured for such heads on a target, else as `config` says.
+
+    The key holds no length; what a state to begin with, borders or a backward add to the code is measured with the rest.
+    """
+    default: Tile = getattr(made, function)
+    kind = f"{'delta' if traits.delta else 'additive'} {traits.decay}"
+    key = f"{function} {kind} {str(made.product)[6:]} k{k} v{v}"
+    fields = asdict(default)
+    free = OPEN[function]
+    found = asdict(tuned(target, key, free(**{n: fields[n] for n in free.__dataclass_fields__})))
+    if wrong := [n for n in found if n != "stages" and found[n] & (found[n] - 1)]:
+        must = "it must be a power of two; delete the entry, tune again"
+        raise PlaitError(f"{place()}: {key}: {wrong[0]} is {found[wrong[0]]}; {must}")
+    return replace(default, **found)
 
 
 def _half(key: int, value: int, channel: bool, target: str) -> Config:
@@ -83,6 +133,8 @@ def _half(key: int, value: int, channel: bool, target: str) -> Config:
         chunk=64,
         split=1,
         product=torch.bfloat16,
+        inner=torch.bfloat16,
+        early=not (target == "sm_100" and channel and key > 128),
         precision="ieee",
         solve="ieee" if amd else "tf32",
         wide=torch.float32,
@@ -91,7 +143,7 @@ def _half(key: int, value: int, channel: bool, target: str) -> Config:
         prepare=Tile(part, value, 8 if channel else 4, 1),
         scan=scan,
         back=scan,
-        pulls=Tile(key, min(value, 64), 4, 1),
+        pulls=Tile(key, min(value, 32 if target == "sm_80" and value > 128 else 64), 4, 1),
         gradients=Tile(min(part, 32) if channel else part, min(value, 64), 8, 1),
         decode=Tile(key, min(value, 16), 4, 1),
     )
@@ -109,6 +161,8 @@ def _full(key: int, value: int, channel: bool, target: str) -> Config:
         chunk=16 if few else 32,
         split=key // 16,
         product=torch.float32,
+        inner=torch.float32,
+        early=False,
         precision="ieee" if amd else "tf32x3",
         solve="ieee" if amd else "tf32x3",
         wide=torch.float64,
