@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,8 +14,8 @@ from plait.runtime.runner import CompiledLayer
 
 LAYER = """
 @layer
-def mix(x: f32[b, s, 5], *, w: f32[5, 5] = normal(0.2)):
-    n = rms_norm(x)
+def mix(x: f32[b, s, 5], *, w: f32[5, 5] = normal(0.2), g: f32[5] = constant(1)):
+    n = rms_norm(x, g)
     l = linear(n, w)
     y = add(x, l)
     return y
@@ -27,11 +28,10 @@ def layer() -> CompiledLayer:
     return CompiledLayer(program.layers["layer0"], program.graph.layers[0], program.fingerprint)
 
 
-def operands(batch: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+def operands(batch: int, length: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     rng = torch.Generator().manual_seed(batch + length)
-    return torch.randn(batch, length, 5, generator=rng, requires_grad=True), torch.randn(
-        5, 5, generator=rng, requires_grad=True
-    )
+    x, w = torch.randn(batch, length, 5, generator=rng), torch.randn(5, 5, generator=rng)
+    return x.requires_grad_(), w.requires_grad_(), torch.ones(5, requires_grad=True)
 
 
 def agrees(of: CompiledLayer, *args: torch.Tensor) -> None:
@@ -60,14 +60,15 @@ def test_code_says_for_which_sizes_it_is() -> None:
     of = layer()
     for batch, length in ((2, 7), (3, 63), (2, 3000), (3, 65)):  # a sum over more than 4,096 rows is written otherwise
         agrees(of, *operands(batch, length))
-    for code in versions(of):
-        assert code is not None and (len(versions(of)) == 1 or code.limits)
+    short, long = versions(of)
+    assert short is not None and short.limits and long is not None and long.limits
+    assert short.serves(operands(3, 63)) and not short.serves(operands(2, 3000)) and not long.serves(operands(3, 63))
 
 
 def test_whether_an_activation_learns_is_no_reason_to_compile_again() -> None:
-    of, (x, w) = layer(), operands(2, 9)
-    agrees(of, x, w)
-    agrees(of, x.detach(), w)
+    of, (x, w, g) = layer(), operands(2, 9)
+    agrees(of, x, w, g)
+    agrees(of, x.detach(), w, g)
     assert len(versions(of)) == 1
 
 
@@ -76,7 +77,12 @@ def test_kept_code_is_found_and_a_broken_file_is_not_read(own_cache: Path, monke
     (kept,) = own_cache.iterdir()
     compiled = list[int]()
     once = ahead._compiled  # pyright: ignore[reportPrivateUsage] # counted
-    monkeypatch.setattr(ahead, "_compiled", lambda *a: compiled.append(1) or once(*a))
+
+    def counted(*given: Any) -> Any:
+        compiled.append(1)
+        return once(*given)
+
+    monkeypatch.setattr(ahead, "_compiled", counted)
     agrees(layer(), *operands(4, 5))
     assert not compiled
     kept.write_bytes(kept.read_bytes()[:-7])
@@ -85,10 +91,10 @@ def test_kept_code_is_found_and_a_broken_file_is_not_read(own_cache: Path, monke
 
 
 def test_what_is_not_plain_is_left_to_dynamo() -> None:
-    of, (x, w) = layer(), operands(2, 9)
-    agrees(of, x.detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_(), w)
+    of, (x, w, g) = layer(), operands(2, 9)
+    agrees(of, x.detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_(), w, g)
     with torch.autocast("cpu", torch.bfloat16):
-        of(x, w)
+        of(x, w, g)
     assert not versions(of) and len(of.seen) == 2
 
 

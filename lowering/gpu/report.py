@@ -163,9 +163,13 @@ def launched(use: Use, operands: Sequence[Tensor | None], target: str) -> Callab
     if use.node is not None:
         made = op_kernels(use.node, use.half, target, operands).launches
         return lambda: [x.run() for x in made]
-    kernel, calls = generated(use.graph), list[tuple[Any, ...]]()
+    kernel, calls = generated(use.graph), list[tuple[str, int, Mapping[str, Any], int]]()
     assert isinstance(kernel, RowKernel)
-    launch(kernel, [x for x in operands if x is not None], lambda *call: calls.append(call))
+
+    def note(function: str, programs: int, arguments: Mapping[str, Any], warps: int) -> None:
+        calls.append((function, programs, arguments, warps))
+
+    launch(kernel, [x for x in operands if x is not None], note)
     module = load(kernel.source, kernel.name)
 
     def run() -> None:
