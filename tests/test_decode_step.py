@@ -26,8 +26,8 @@ def model(name: Any, dtype: str = "f32") -> CompiledModel:
     return plait_compile(name, dtype=dtype, mode="infer", jit=False)
 
 
-def stepper(made: CompiledModel, task: str = "cached") -> tuple[Runner, Stepper]:
-    runner = made.runner(Variant(task))
+def stepper(made: CompiledModel, task: str = "cached", *, last: bool = False) -> tuple[Runner, Stepper]:
+    runner = made.runner(Variant(task, last=last))
     program = runner.program
     assert program.step is not None
     calls = {g: runner.entry.get_submodule(n) for g, n in zip(program.graph.layers, program.layers, strict=True)}
@@ -89,7 +89,9 @@ def test_half_precision(name: str) -> None:
     half, full = model(name, "bf16"), model(name)
     full.load_from(half)
     tokens = torch.randint(0, half.vocab, (2, 21), generator=torch.Generator().manual_seed(0))
-    exact, read = full(tokens)[:, 8:], half(tokens)[:, 8:].float()
+    # Beside the ops' references, which round where published models do: C++ row kernels do not, and are nearer.
+    plain = plait_compile(name, dtype="bf16", mode="infer", jit=False, target="reference").load_from(half)
+    exact, read = full(tokens)[:, 8:], plain(tokens)[:, 8:].float()
     logits = decode(half, tokens, 9, in_place=False)[0].float()
     error, known = ((x - exact).square().mean().sqrt() / exact.square().mean().sqrt() for x in (logits, read))
     assert error <= 1.2 * known + 1e-4
@@ -142,7 +144,7 @@ def test_steady_steps_make_nothing() -> None:
 @torch.no_grad()
 def test_rows_with_lengths_of_their_own(page: int) -> None:
     made = model("qwen3-next-80b-a3b-tiny")
-    runner, step = stepper(made, "paged" if page else "rows")
+    runner, step = stepper(made, "paged" if page else "rows", last=True)
     runner.step = step
     draw = torch.Generator().manual_seed(0)
     rows = [torch.randint(0, made.vocab, (n,), generator=draw) for n in (9, 5, 13)]

@@ -169,7 +169,7 @@ def _(x: TensorType, *, partial: tuple[str, ...]) -> TensorType:
     return TensorType(x.dtype, x.dims, frozenset(partial))
 
 
-@op("x[...] -> y[...]", map="...", row=True)
+@op("x[...] -> y[...]", map="...")
 def fixed(x: Tensor) -> Tensor:
     """y = x, which no gradient reaches: a number that is given and not trained"""
     return x.detach().clone()
