@@ -227,8 +227,14 @@ def _key(module: fx.GraphModule, graph: Graph, fakes: Sequence[Tensor], mark: st
     rules = (torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled())
     machine = (torch.__version__, torch.backends.cpu.get_cpu_capability(), sys.version, os.environ.get("CXX"))
     settings = cast("Any", config).save_config_portable()
-    parts = (mark, graph.key, module.code, operands, state, rules, machine, sorted(settings.items(), key=str))
+    parts = (mark, graph.key, _texts(module), operands, state, rules, machine, sorted(settings.items(), key=str))
     return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def _texts(module: fx.GraphModule) -> list[tuple[str, str]]:
+    """What runs the layer and each of its kernels: torch code, or a module of another kind."""
+    parts = [(name, part) for name, part in module.named_modules() if part is not module]
+    return [("", module.code), *((n, p.code if isinstance(p, fx.GraphModule) else type(p).__name__) for n, p in parts)]
 
 
 def _file(key: str) -> Path:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from plait.ir import Graph, parse
-from plait.lowering import lower
+from plait.lowering import cpp_ops, lower
 from plait.runtime import ahead
 from plait.runtime.runner import CompiledLayer
 
@@ -102,3 +102,28 @@ def test_dims_that_disagree_have_no_variable() -> None:
     graph: Graph = parse("def f(x: f32[s, 5], y: f32[s, 5]):\n    z = add(x, y)\n    return z\n")
     assert ahead.bindings(graph, [torch.ones(3, 5), torch.ones(3, 5)]) == {"s": (0, 0)}
     assert ahead.bindings(graph, [torch.ones(3, 5), torch.ones(4, 5)]) is None
+
+
+FUSED = """
+@layer
+def mix(x: f32[b, s, 5], *, w: f32[5, 5] = normal(0.2), g: f32[5] = constant(1)):
+    n = prenorm(x, g)
+    y = linear(n, w)
+    return y
+
+@kernel
+def prenorm(x: f32[b, s, 5], g: f32[5]):
+    a = add(x, x)
+    n = rms_norm(a, g)
+    return n
+"""
+
+
+def test_another_way_to_run_a_kernel_is_other_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The layer's own text is the same; what stands behind its kernel is not."""
+    made = list[Any]()
+    for found in ("g++", None):
+        monkeypatch.setattr(cpp_ops, "compiler", lambda found=found: found)
+        made.append(lower(parse(ENTRY + FUSED), target="cpu").layers["layer0"])
+    assert made[0].code == made[1].code
+    assert ahead._texts(made[0]) != ahead._texts(made[1])  # pyright: ignore[reportPrivateUsage]
