@@ -15,15 +15,19 @@ from unittest.mock import patch
 import torch
 import torch.nn.functional as F
 
+from ...ir.errors import PlaitError
+
 Tensor = torch.Tensor
 Call = Callable[..., Any]
+# These ops are names in an exported program, which `build` translates: only their shapes are ever asked for.
+TRACED = "an op of plait_fx stands for a known function while a module is traced and computes nothing; call plait.trace_module"
 
 
 @torch.library.custom_op("plait_fx::gated_delta_rule", mutates_args=())
 def _gated_delta_rule(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor | None, scale: float, normalize: bool
 ) -> tuple[Tensor, Tensor]:
-    raise NotImplementedError("it stands in a trace alone")
+    raise PlaitError(TRACED)
 
 
 @_gated_delta_rule.register_fake
@@ -39,7 +43,7 @@ def _ssd(
     x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor | None, bias: Tensor | None, softplus: bool, low: float,
     high: float, wide: bool,
 ) -> Tensor:  # fmt: skip
-    raise NotImplementedError("it stands in a trace alone")
+    raise PlaitError(TRACED)
 
 
 @_ssd.register_fake
@@ -55,7 +59,7 @@ def _selective(
     x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor | None, z: Tensor | None, bias: Tensor | None,
     softplus: bool,
 ) -> Tensor:  # fmt: skip
-    raise NotImplementedError("it stands in a trace alone")
+    raise PlaitError(TRACED)
 
 
 @_selective.register_fake
@@ -68,7 +72,7 @@ def _(
 
 @torch.library.custom_op("plait_fx::experts", mutates_args=())
 def _experts(x: Tensor, index: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, act: str) -> Tensor:
-    raise NotImplementedError("it stands in a trace alone")
+    raise PlaitError(TRACED)
 
 
 @_experts.register_fake

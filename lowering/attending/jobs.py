@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
 from ...ir import DTYPES, Node, TensorType
 from ...ir.sizes import value as size_value
-from ..gpu import Job
+from ..gpu.op_jobs import Launch
 from . import conv_launch, launch
 from .choice import left, unfit
 from .run import Run, Step, job, launched
@@ -20,39 +20,6 @@ Maybe = Tensor | None
 BATCH, LENGTH = 4, 2048  # rows and tokens of the listed launches: nothing that is compiled depends on them
 HALVES = ("forward", "backward", "step")
 CONVOLUTIONS = ("causal_conv1d", "anticausal_conv1d", "conv1d_taps")
-
-
-@dataclass(frozen=True)
-class Launch:
-    """One launch of a node: in which half of it, what it runs, and as what it is compiled."""
-
-    half: str  # forward, backward, or step
-    step: Step
-    target: str
-
-    @property
-    def name(self) -> str:
-        """Of the Triton function."""
-        return self.step.function
-
-    @property
-    def text(self) -> str:
-        """The module that the function stands in."""
-        return self.step.source.text
-
-    @property
-    def programs(self) -> int:
-        """Of BATCH rows with LENGTH tokens each; of BATCH rows in a step."""
-        return self.step.programs
-
-    @property
-    def job(self) -> Job:
-        """What a launch compiles, which takes Triton."""
-        return job(self.step, self.target)
-
-    def run(self) -> None:
-        """Launch it, where the operands are on a device."""
-        launched(self.step)
 
 
 def launches(
@@ -71,7 +38,7 @@ def launches(
             _attention(half, _described(node, given), steps.append, target)
         elif node.is_op(*CONVOLUTIONS) and _fits(given):
             _convolution(node, half, given, steps.append)
-        made += [Launch(half, s, target) for s in steps]
+        made += [Launch(half, s, target, job, launched) for s in steps]
     return tuple(made)
 
 

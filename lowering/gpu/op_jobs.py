@@ -2,26 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import Any
 
 from torch import Tensor
 
 from ...ir import Node, OpDef, ops
-
-if TYPE_CHECKING:
-    from ..attending.jobs import Launch as Attending
-    from ..recurrent.jobs import Launch as Recurrent
+from .aot import Job
 
 FINALS = ("gated_delta_final", "kimi_delta_final")  # recurrences whose state alone is asked for
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch of an op: in which half of it, what it runs, and as what it is compiled."""
+
+    half: str  # forward (what a backward needs is kept), backward, or step
+    step: Any  # source, function, programs and arguments, as the folder that writes the kernel has them
+    target: str
+    make_job: Callable[[Any, str], Job]
+    start: Callable[[Any], None]
+
+    @property
+    def name(self) -> str:
+        """Of the Triton function."""
+        return self.step.function
+
+    @property
+    def text(self) -> str:
+        """The module that the function stands in."""
+        return self.step.source.text
+
+    @property
+    def programs(self) -> int:
+        """Of the rows and tokens that are listed; of the rows in a step."""
+        return self.step.programs
+
+    @property
+    def job(self) -> Job:
+        """What a launch compiles, which takes Triton."""
+        return self.make_job(self.step, self.target)
+
+    def run(self) -> None:
+        """Launch it, where the operands are on a device."""
+        self.start(self.step)
 
 
 @dataclass(frozen=True)
 class OpKernels:
     """The launches of an op's half, as a table and a text want them."""
 
-    launches: tuple[Recurrent | Attending, ...]
+    launches: tuple[Launch, ...]
 
     @property
     def text(self) -> str:

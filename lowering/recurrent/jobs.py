@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
 from ...ir import DTYPES, Node, OpDef, TensorType, ops
 from ...ir.sizes import value as size_value
 from ..forms.chunked import Operands
-from ..gpu import Job
+from ..gpu.op_jobs import Launch
 from .launch import Step, backward, decode, final_state, forward, promoted
 from .run import job, launched
 from .traits import unfit
@@ -19,39 +19,6 @@ Tensor = torch.Tensor
 BATCH, LENGTH = 4, 2048  # rows and tokens of the listed launches: nothing that is compiled depends on them
 HALVES = ("forward", "backward", "step")
 FINALS = (ops.gated_delta_final, ops.kimi_delta_final)
-
-
-@dataclass(frozen=True)
-class Launch:
-    """One launch of a recurrence: in which half of it, what it runs, and as what it is compiled."""
-
-    half: str  # forward (what a backward needs is kept), backward, or step
-    step: Step
-    target: str
-
-    @property
-    def name(self) -> str:
-        """Of the Triton function."""
-        return self.step.function
-
-    @property
-    def text(self) -> str:
-        """The module that the function stands in."""
-        return self.step.source.text
-
-    @property
-    def programs(self) -> int:
-        """Of BATCH rows with LENGTH tokens each; of BATCH rows in a step."""
-        return self.step.programs
-
-    @property
-    def job(self) -> Job:
-        """What a launch compiles, which takes Triton."""
-        return job(self.step, self.target)
-
-    def run(self) -> None:
-        """Launch it, where the operands are on a device."""
-        launched(self.step)
 
 
 def launches(
@@ -74,7 +41,7 @@ def launches(
             _launch(half, x, steps, target)
         elif half == "forward":
             final_state(x, steps.append, target=target)
-        made += [Launch(half, s, target) for s in steps]
+        made += [Launch(half, s, target, job, launched) for s in steps]
     return tuple(made)
 
 
