@@ -9,6 +9,7 @@ from typing import Any
 
 from ..ir import OPS, Node, OpDef
 from . import attending, forms
+from .cpp import attention as cpp_attention
 from .cpp import remark
 from .forms.collectives import COLLECTIVE_FORMS, MOVING
 from .forms.crossing import crossing_form
@@ -34,6 +35,21 @@ class Form:
 
 
 _CHUNKED = "chunked and matmul-rich, opaque to Dynamo"
+_ATTENTION = "blocks of keys that all heads of a group share, hidden ones left out; a few tokens by SDPA"
+
+
+def _attention_on_cpu(node: Node) -> Form | None:
+    """SDPA, or blocks in torch, for what C++ is not made for."""
+    q, _, v, *_ = (None if x is None else x.type for x in node.inputs)
+    assert q is not None and v is not None
+    widths = [x.dims[3].size for x in (q, v)]
+    if q.dtype == "f64" or any(isinstance(n, int) and n > cpp_attention.WIDEST for n in widths):
+        return Form(
+            forms.attention, f"SDPA, masks in blocks of queries: C++ takes no {q.dtype} heads of {widths[0]} and {widths[1]}"
+        )
+    return None
+
+
 _CPU: dict[str, Form] = {
     "linear": Form(forms.linear, "half precision through float32 where the processor has no instructions for it"),
     "gated_delta_rule": Form(forms.gated_delta_rule, _CHUNKED, generated=True),
@@ -45,9 +61,10 @@ _CPU: dict[str, Form] = {
     "gated_delta_final": Form(forms.gated_delta_final, _CHUNKED, generated=True),
     "kimi_delta_final": Form(forms.kimi_delta_final, _CHUNKED, generated=True),
     "selective_scan": Form(forms.selective_scan, "channels side by side, opaque to Dynamo", generated=True),
-    "rg_lru": Form(forms.rg_lru, "blocks of tokens side by side, opaque to Dynamo"),
+    "rg_lru": Form(forms.rg_lru, "channels side by side, opaque to Dynamo", generated=True),
     "causal_conv1d": Form(forms.causal_conv1d, "channels last, with a backward of its own", generated=True),
-    "attention": Form(forms.attention, "SDPA, masks in blocks of queries"),
+    "attention": Form(forms.attention, _ATTENTION, generated=True, instead=_attention_on_cpu),
+    "biased_attention": Form(forms.biased_attention, "blocks of keys, a bias is read by distance", generated=True),
     "attention_part": Form(forms.attention_part, "torch's flash kernel on runs of places, else masks in blocks of queries"),
     "attention_part_gradients": Form(forms.attention_part_gradients, "as its forward, told the denominators of all parts"),
     "cache_write": Form(forms.cache_write, "in place: the cache that is read is dead"),
@@ -76,7 +93,7 @@ def _attention_on_cuda(node: Node) -> Form:
 
 
 _CUDA: dict[str, Form] = {
-    **{name: form for name, form in _CPU.items() if name != "linear"},
+    **{name: form for name, form in _CPU.items() if name not in ("linear", "biased_attention")},
     "attention": Form(
         attending.faces(interpreted=False)["attention"], "generated Triton where SDPA has no kernel", instead=_attention_on_cuda
     ),

@@ -2,6 +2,7 @@
 
 from . import device, stencils
 from .attention import attention
+from .attention_biased import biased_attention
 from .attention_part import attention_part, attention_part_gradients
 from .cache import cache_write
 from .cached import cached_attention, cached_write, page_write
@@ -17,7 +18,8 @@ from .relay_op import gated_delta_final, kimi_delta_final
 from .selective import selective_scan
 
 __all__ = [
-    "attention", "attention_part", "attention_part_gradients", "cache_write", "cached_attention", "cached_write",
+    "attention", "attention_part", "attention_part_gradients", "biased_attention",
+    "cache_write", "cached_attention", "cached_write",
     "causal_conv1d", "combine", "cross_entropy", "page_write", "paged_attention",
     "delta_rule", "device", "dispatch", "gated_delta_final", "gated_delta_rule", "gated_linear_attention", "grouped_linear",
     "kimi_delta_attention", "kimi_delta_final", "head_parts", "linear", "linear_cross_entropy", "linear_token_losses",

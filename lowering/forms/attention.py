@@ -1,4 +1,4 @@
-"""Softmax attention in torch: SDPA where it fits, else blocks of queries against the keys they can see."""
+"""Softmax attention: C++ where there is a compiler, else SDPA where it fits, or blocks of queries against their keys."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import attention_fast as fast
 from .precision import own_precision
 
 # Queries of one block, and the most logits that are worked on at once.
@@ -59,14 +60,16 @@ def attention(
     if sinks is None and cu is None and not window and not softcap and k.shape[-1] == v.shape[-1]:
         if q.shape[1] == 1 and (at is None or not causal):
             return _one_query(q, k, v, factor)
-        if not causal or (at is None and q.shape[1] == k.shape[1]):
+        own = fast.fits(q, k, v) and not fast.brief(q)
+        if not own and (not causal or (at is None and q.shape[1] == k.shape[1])):
             return _sdpa(q, k, v, factor, causal)
     return torch.ops.plait.attention(q, k, v, sinks, cu, at, causal, window, softcap, factor)[0]
 
 
 def plain_causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """Attention of tokens to themselves and those before, and nothing else."""
-    return _sdpa(q, k, v, scale, True)
+    own = fast.fits(q, k, v) and not fast.brief(q)
+    return attend(q, k, v, None, Masking(None, 0, True, 0, 0.0, scale))[0] if own else _sdpa(q, k, v, scale, True)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Tensor:
@@ -112,6 +115,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, how: Masking) 
     alone = q.shape[1] == 1 and how.cu is None and not how.softcap
     if alone and k.shape[-1] == v.shape[-1] and q.device.type == "cpu":
         return _decode(q, k, v, sinks, how)
+    if fast.empty(q, k):
+        return fast.nothing(q, k, v)
+    if fast.generates(q, k, v, sinks):
+        return fast.forward(q, k, v, sinks, how)
+    if fast.flashes(q, k, v, sinks, how):
+        return fast.flash(q, k, v, how)
     queries, keys, values = by_group(q, k.shape[2]), by_key(k), by_key(v)
     extra = None if sinks is None else _sinks(sinks, len(keys), queries.shape[1])
     o, lse = values.new_zeros(*queries.shape[:3], v.shape[-1]), queries.new_zeros(queries.shape[:3])
@@ -172,6 +181,24 @@ def _backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     how = _masking(q, k, cu, at, causal, window, softcap, scale)
+    if fast.empty(q, k):
+        return (
+            torch.zeros_like(q),
+            torch.zeros_like(k),
+            torch.zeros_like(v),
+            (q if sinks is None else sinks).new_zeros(q.shape[2]),
+        )
+    if fast.generates(q, k, v, sinks):
+        dq, dk, dv, of_sinks = fast.backward(do, o, lse, q, k, v, sinks, how)
+        return dq, dk, dv, q.new_zeros(q.shape[2]) if sinks is None or of_sinks is None else of_sinks.to(sinks.dtype)
+    if fast.flashes(q, k, v, sinks, how):
+        return *fast.flash_backward(do, o, lse, q, k, v, how), q.new_zeros(q.shape[2])
+    return _by_blocks(do, o, lse, q, k, v, sinks, how)
+
+
+def _by_blocks(
+    do: Tensor, o: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, how: Masking
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     g, b = k.shape[2], q.shape[0]
     queries, keys, values, grads = by_group(q, g), by_key(k), by_key(v), by_group(do, g)
     delta = (grads * by_group(o, g)).sum(-1, keepdim=True)
