@@ -50,12 +50,17 @@ def rows() -> list[Row]:
 def _operation(case: str, name: str, shape: str, inputs: Inputs, targets: Targets, **rest: Any) -> list[Row]:
     """The forward row and the forward-and-backward row of one operation."""
     modes = zip(("fwd", "fwd+bwd"), targets, strict=True)
-    return [Row(case, name, shape, mode, target, lambda m=mode: _bench(name, inputs, m), **rest) for mode, target in modes]
+    compiled = rest.get("over") != "eager"
+    return [
+        Row(case, name, shape, mode, target, lambda m=mode: _bench(name, inputs, m, compiled), **rest) for mode, target in modes
+    ]
 
 
-def _bench(name: str, inputs: Inputs, mode: str) -> Bench:
+def _bench(name: str, inputs: Inputs, mode: str, compiled: bool) -> Bench:
     values, peer, form = inputs(), getattr(peers, name), ours.operation(name)
-    calls: dict[str, Callable[..., Any]] = {"eager": peer, "compile": torch.compile(peer, dynamic=False)}
+    calls: dict[str, Callable[..., Any]] = {"eager": peer}
+    if compiled:
+        calls["compile"] = torch.compile(peer, dynamic=False)
     notes: dict[str, Any] = {}
     if isinstance(form, ours.Missing):
         notes["ours"] = form.reason
@@ -91,12 +96,28 @@ def _difference(form: Callable[..., Any], peer: Callable[..., Any], values: tupl
         return max(((got.float() - want).abs().max() / want.abs().max()).item() for got, want in pairs)
 
 
-def _delta_inputs(t: int, keys: int, heads: int, dtype: torch.dtype, channels: bool = False) -> Inputs:
+@dataclass(frozen=True)
+class Heads:
+    """A recurrence's heads and their sizes."""
+
+    keys: int = 4
+    values: int = 8
+    width: int = 128
+    out: int = 128
+
+    def __str__(self) -> str:
+        count = f"{self.keys}k/{self.values}v" if self.keys != self.values else f"{self.keys}"
+        return f"{count} x {self.width}" + (f", values x {self.out}" if self.out != self.width else "")
+
+
+def _delta_inputs(t: int, dtype: str, heads: Heads, *, channels: bool = False, state: bool = False) -> Inputs:
     def make() -> tuple[Tensor, ...]:
         torch.manual_seed(0)
-        q, k = (F.normalize(torch.randn(1, t, keys, 128), dim=-1).to(dtype) for _ in "qk")
-        decay = -torch.rand(1, t, heads, *([128] if channels else [])) * 0.5
-        return q, k, torch.randn(1, t, heads, 128).to(dtype), decay, torch.rand(1, t, heads).to(dtype)
+        kind, (g, h, n, m) = peers.DTYPES[dtype], (heads.keys, heads.values, heads.width, heads.out)
+        q, k = (F.normalize(torch.randn(1, t, g, n), dim=-1).to(kind) for _ in "qk")
+        decay = -torch.rand(1, t, h, *([n] if channels else [])) * 0.5
+        begun = (torch.randn(1, h, n, m) * 0.1,) if state else ()
+        return q, k, torch.randn(1, t, h, m).to(kind), decay, torch.rand(1, t, h).to(kind), *begun
 
     return make
 
@@ -110,18 +131,63 @@ def _ssd_inputs(t: int, dtype: torch.dtype) -> Inputs:
     return make
 
 
+WIDE: Targets = ((1.5, 6.0), (1.5, 5.0))
+
+
 def _rules() -> list[Row]:
-    made, wide = list[Row](), ((1.5, 6.0), (1.5, 5.0))
-    for t in (1024, 2048, 4096):
-        inputs = _delta_inputs(t, 4, 8, torch.float32)
-        made += _operation("C1", "gated_delta_rule", f"f32 {t}, 4k/8v x 128", inputs, wide, quick=t == 1024)
-    half = _delta_inputs(2048, 4, 8, torch.bfloat16)
-    made += _operation("C1", "gated_delta_rule", "bf16 2048, 4k/8v x 128", half, wide)
-    channels = _delta_inputs(1024, 4, 4, torch.float32, channels=True)
-    made += _operation("C1", "kimi_delta_attention", "f32 1024, 4 x 128", channels, wide)
-    made += _operation("C1", "ssd", "f32 2048, 16 x 64, state 128", _ssd_inputs(2048, torch.float32), wide, quick=True)
-    made += _operation("C1", "ssd", "bf16 2048, 16 x 64, state 128", _ssd_inputs(2048, torch.bfloat16), wide)
+    return [*_delta_rules(), *_kimi_rules(), *_ssd_rules(), *_channel_scans()]
+
+
+def _delta_rules() -> list[Row]:
+    made, name, heads = list[Row](), "gated_delta_rule", Heads()
+    for dtype, t in (("f32", 1024), ("bf16", 1024), ("f32", 2048), ("bf16", 2048), ("f32", 4096), ("f32", 1000)):
+        made += _operation("C1", name, f"{dtype} {t}, {heads}", _delta_inputs(t, dtype, heads), WIDE, quick=t == 1024)
+    for uneven in (Heads(out=64), Heads(width=64)):
+        made += _operation("C1", name, f"f32 1024, {uneven}", _delta_inputs(1024, "f32", uneven), WIDE)
+    begun, inputs = _delta_inputs(1024, "f32", heads, state=True), _delta_inputs(peers.PACKED[-1], "f32", heads)
+    made += _operation("C1", name, f"f32 1024, {heads}, begun state", begun, WIDE)
+    packed = f"f32 {peers.PACKED[-1]}, {heads}, {len(peers.PACKED) - 1} segments"
+    return [*made, *_operation("C1", f"packed_{name}", packed, lambda: (*inputs(), torch.tensor(peers.PACKED)), WIDE)]
+
+
+def _kimi_rules() -> list[Row]:
+    made, heads = list[Row](), Heads(values=4)
+    for dtype, t in (("f32", 1024), ("bf16", 1024), ("f32", 2048), ("f32", 4096), ("f32", 1000)):
+        inputs = _delta_inputs(t, dtype, heads, channels=True)
+        quick = (dtype, t) == ("f32", 1024)
+        made += _operation("C1", "kimi_delta_attention", f"{dtype} {t}, {heads}", inputs, WIDE, quick=quick)
     return made
+
+
+def _ssd_rules() -> list[Row]:
+    made = list[Row]()
+    for dtype, t in (("f32", 2048), ("bf16", 2048), ("f32", 4096)):
+        inputs, quick = _ssd_inputs(t, peers.DTYPES[dtype]), (dtype, t) == ("f32", 2048)
+        made += _operation("C1", "ssd", f"{dtype} {t}, 16 x 64, state 128", inputs, WIDE, quick=quick)
+    return made
+
+
+def _scan_inputs(t: int, channels: int, state: int) -> Inputs:
+    def make() -> tuple[Tensor, ...]:
+        torch.manual_seed(0)
+        k, q = (torch.randn(1, t, state) for _ in "kq")
+        return torch.randn(1, t, channels), torch.rand(1, t, channels) * 0.1, -torch.rand(channels, state) * 8, k, q
+
+    return make
+
+
+def _unit_inputs(t: int, channels: int) -> Inputs:
+    def make() -> tuple[Tensor, ...]:
+        torch.manual_seed(0)
+        return torch.randn(1, t, channels), -torch.rand(1, t, channels) * 0.5, torch.arange(t)[None]
+
+    return make
+
+
+def _channel_scans() -> list[Row]:
+    """Their peers walk token by token: eager, or (a selective scan) compiled to an associative scan."""
+    scans = _operation("C1", "selective_scan", "f32 1024 x 1024, state 16", _scan_inputs(1024, 1024, 16), WIDE)
+    return [*scans, *_operation("C1", "rg_lru", "f32 1024 x 2560", _unit_inputs(1024, 2560), WIDE, over="eager")]
 
 
 def _random(*shapes: tuple[int, ...]) -> Inputs:

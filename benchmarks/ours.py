@@ -53,10 +53,21 @@ def _lowered(text: str) -> Callable[..., Any] | Missing:
 
 
 def _rule(form: Callable[..., Any]) -> Callable[..., Tensor]:
-    def call(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor) -> Tensor:
-        return form(q, k, v, decay, beta, scale=q.shape[-1] ** -0.5)[0]
+    def call(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor, state: Tensor | None = None) -> Tensor:
+        return form(q, k, v, decay, beta, state, scale=q.shape[-1] ** -0.5)[0]
 
     return call
+
+
+def _packed(form: Callable[..., Any]) -> Callable[..., Tensor]:
+    def call(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor, cu: Tensor) -> Tensor:
+        return form(q, k, v, decay, beta, cu=cu, scale=q.shape[-1] ** -0.5)[0]
+
+    return call
+
+
+def _first(form: Callable[..., Any]) -> Callable[..., Tensor]:
+    return lambda *values: form(*values)[0]
 
 
 def _ssd(form: Callable[..., Any]) -> Callable[..., Tensor]:
@@ -74,7 +85,10 @@ RECURRENCE = "plait.lowering.forms.recurrence"
 OPERATIONS: dict[str, tuple[str, str, Callable[[Callable[..., Any]], Callable[..., Any]]]] = {
     "gated_delta_rule": (RECURRENCE, "gated_delta_rule", _rule),
     "kimi_delta_attention": (RECURRENCE, "kimi_delta_attention", _rule),
+    "packed_gated_delta_rule": (RECURRENCE, "gated_delta_rule", _packed),
     "ssd": (RECURRENCE, "ssd", _ssd),
+    "selective_scan": ("plait.lowering.forms.selective", "selective_scan", _first),
+    "rg_lru": ("plait.lowering.forms.lru", "rg_lru", _first),
     "conv_silu": ("plait.lowering.forms.conv", "causal_conv1d", _conv_silu),
 }
 

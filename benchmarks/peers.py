@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -119,14 +120,40 @@ def _function(family: str, name: str) -> Callable[..., Any]:
     return getattr(importlib.import_module(f"transformers.models.{family}.modeling_{family}"), name)
 
 
-def gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor) -> Tensor:
+PACKED = (0, 100, 357, 1024)  # borders of the segments of a packed row
+
+
+def gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor, state: Tensor | None = None) -> Tensor:
     """Qwen3-Next's chunked rule; it scales by the root of the key width itself."""
-    return _function("qwen3_next", "torch_chunk_gated_delta_rule")(q, k, v, g=decay, beta=beta)[0]
+    return _function("qwen3_next", "torch_chunk_gated_delta_rule")(q, k, v, g=decay, beta=beta, initial_state=state)[0]
+
+
+def packed_gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor, _cu: Tensor) -> Tensor:
+    """The same, one segment after another: a form that knows segments is not in transformers' torch code."""
+    parts = [[x[:, a:b] for x in (q, k, v, decay, beta)] for a, b in pairwise(PACKED)]
+    return torch.cat([gated_delta_rule(*part) for part in parts], 1)
 
 
 def kimi_delta_attention(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor) -> Tensor:
     """Kimi-Linear's chunked rule; it scales by the root of the key width itself."""
     return _function("kimi_linear", "chunk_kimi_delta_attention")(q, k, v, decay, beta)[0]
+
+
+def selective_scan(x: Tensor, step: Tensor, rate: Tensor, k: Tensor, q: Tensor) -> Tensor:
+    """Mamba's scan without its skip connection: token by token in eager, an associative scan where it is compiled."""
+    x, step, k, q = (y.transpose(1, 2) for y in (x, step, k, q))
+    return _function("mamba", "mamba_selective_scan")(x, step, rate, k, q, use_associative_scan=True).transpose(1, 2)
+
+
+def rg_lru(x: Tensor, decay: Tensor, places: Tensor) -> Tensor:
+    """RecurrentGemma's unit behind its gates, token by token as it does."""
+    a, begins = decay.exp(), (places == 0)[:, :, None]
+    u = x * torch.where(begins, 1.0, (1 - a * a).sqrt())
+    h, rows = torch.zeros_like(x[:, 0]), list[Tensor]()
+    for kept, entered in zip((a * ~begins).unbind(1), u.unbind(1), strict=True):
+        h = kept * h + entered
+        rows.append(h)
+    return torch.stack(rows, 1)
 
 
 def ssd(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:

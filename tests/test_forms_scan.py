@@ -11,8 +11,8 @@ from plait.frontends import build, load_spec
 from plait.ir import OPS, TypeMismatch
 from plait.ir.errors import DataError
 from plait.lowering import forms
+from plait.lowering.cpp import lru, sources
 from plait.lowering.cpp import scan as generated
-from plait.lowering.cpp import sources
 from plait.lowering.forms import scan as scans
 from plait.lowering.forms import selective
 from plait.lowering.forms.scan import scan
@@ -82,16 +82,17 @@ def test_narrow_types_are_kept_wide_inside(name: str, dtype: torch.dtype, most: 
     agree(gradients(getattr(forms, name), xs, dtype), gradients(OPS[name], xs), most)
 
 
+@pytest.mark.parametrize("name", ["selective_scan", "rg_lru"])
 @pytest.mark.parametrize(("tokens", "width", "numbers"), [(1, 1, 1), (33, 17, 5), (65, 130, 4), (100, 16, 16)])
-def test_generated_code_is_the_reference_too(tokens: int, width: int, numbers: int) -> None:
+def test_generated_code_is_the_reference_too(name: str, tokens: int, width: int, numbers: int) -> None:
     """Every size of a piece, a vector and a group of channels, and one more; batches, segments and states."""
     for cu in (None, [0, 0, tokens // 2, tokens, tokens]):
         for state in (True, False):
-            xs = operands("selective_scan", tokens, cu=cu, state=state, width=width, numbers=numbers)
+            xs = operands(name, tokens, cu=cu, state=state, width=width, numbers=numbers)
             xs = [x.float().double() if x is not None and x.is_floating_point() else x for x in xs]
             # One token in a row is no call of it in a model: there it is a few ops that fuse with their neighbours.
-            made = gradients(torch.ops.plait.selective_scan, xs, torch.float32)
-            agree(made, gradients(OPS["selective_scan"], xs), 3e-6)
+            made = gradients(getattr(torch.ops.plait, name), xs, torch.float32)
+            agree(made, gradients(OPS[name], xs), 3e-6)
 
 
 def test_a_program_names_its_library() -> None:
@@ -99,29 +100,34 @@ def test_a_program_names_its_library() -> None:
     found = sources(build(load_spec(blocks), dtype="f32"))
     assert "scan_5" in found and "constexpr int S = 5;" in found["scan_5"]
     assert not sources(build(load_spec(blocks), dtype="f64")).keys() & {"scan_5"}
+    unit = {"name": "m", "vocab": 7, "hidden": 8, "blocks": [{"kind": "lru", "width": 8, "heads": 2}]}
+    assert sources(build(load_spec(unit), dtype="f32"))["rg_lru"] == lru.source()
 
 
-def test_no_number_of_threads_changes_a_bit() -> None:
-    xs, before = operands("selective_scan", 100, width=300), torch.get_num_threads()
+@pytest.mark.parametrize("name", ["selective_scan", "rg_lru"])
+def test_no_number_of_threads_changes_a_bit(name: str) -> None:
+    xs, before = operands(name, 100, width=300), torch.get_num_threads()
     found = list[list[Tensor]]()
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            found.append(gradients(forms.selective_scan, xs, torch.float32))
+            found.append(gradients(getattr(forms, name), xs, torch.float32))
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-def test_without_a_compiler_torch_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    xs = operands("selective_scan", 63, cu=[0, 1, 1, 40, 63])
-    wanted = gradients(forms.selective_scan, xs, torch.float32)
+@pytest.mark.parametrize("name", ["selective_scan", "rg_lru"])
+def test_without_a_compiler_torch_computes_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    xs = operands(name, 63, cu=[0, 1, 1, 40, 63])
+    wanted = gradients(getattr(forms, name), xs, torch.float32)
 
     def never(*operands: Tensor | None) -> bool:
         return False
 
-    monkeypatch.setattr(generated, "ready", never)
-    agree(gradients(forms.selective_scan, xs, torch.float32), wanted, 3e-6)
+    for each in (generated, lru):
+        monkeypatch.setattr(each, "ready", never)
+    agree(gradients(getattr(forms, name), xs, torch.float32), wanted, 3e-6)
 
 
 @pytest.mark.parametrize("name", ["selective_scan", "rg_lru"])

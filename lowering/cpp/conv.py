@@ -119,9 +119,13 @@ static void conv(const Call& c, const Piece& p, int64_t from, int n, int64_t)
     for (int64_t t = p.low - K + 1; t < p.low; t++) x.widen(t);
     for (int64_t t = p.low; t < p.high; t++) {
         x.window(t, rows);
+        const Ahead next(c.x, c.type, (t + 1) * c.row + from);
         float* to = c.type == F32 ? (float*)c.y + t * c.channels + from : line;
         int d = 0;
-        for (; d + W <= n; d += W) token<false>(rows, w, to, d, W);
+        for (; d + W <= n; d += W) {
+            next.ask(d);
+            token<false>(rows, w, to, d, W);
+        }
         if (d < n) token<true>(rows, w, to, d, n - d);
         if (c.type != F32) write_row((uint16_t*)c.y + t * c.channels + from, line, c.type, n, 1);
     }
@@ -174,9 +178,14 @@ static void conv_back(const Call& c, const Piece& p, int64_t from, int n, int64_
         int d = 0;
         if (t < p.end) {
             x.window(t, rows);
+            const Ahead next(c.x, c.type, (t + 1) * c.row + from), pulled(c.dy, c.type, (t + 1) * c.d_row + from);
             const float* dy = c.type == F32 ? (const float*)c.dy + t * c.d_row + from : line;
             if (c.type != F32) read_row(line, (const uint16_t*)c.dy + t * c.d_row + from, c.type, n, n, 1);
-            for (; d + W <= n; d += W) pull<false>(rows, w, dy, own, sums, t < p.high, d, W);
+            for (; d + W <= n; d += W) {
+                next.ask(d);
+                pulled.ask(d);
+                pull<false>(rows, w, dy, own, sums, t < p.high, d, W);
+            }
             if (d < n) pull<true>(rows, w, dy, own, sums, t < p.high, d, n - d);
         } else
             memset(own, 0, sizeof(float) * n);
@@ -229,7 +238,7 @@ def source(taps: int, act: str) -> str:
     """The C++ text for so many taps and an activation."""
     constants = f"constexpr int K = {taps};\nconstexpr bool SILU = {'true' if act == 'silu' else 'false'};\n"
     name = f"// causal_conv1d, {taps} taps, {act}\n"
-    parts = (prelude.VECTORS, prelude.OPERANDS, constants, _STRUCTURES, _ROWS, _FORWARD, _BACKWARD, _ENTRIES)
+    parts = (prelude.VECTORS, prelude.OPERANDS, prelude.AHEAD, constants, _STRUCTURES, _ROWS, _FORWARD, _BACKWARD, _ENTRIES)
     return name + "\n".join(parts)
 
 

@@ -131,3 +131,33 @@ static inline void write_row(void* to, const float* from, int64_t type, int64_t 
         for (int64_t i = 0; i < n; i++) ((uint16_t*)to)[i] = to_bf16(from[i] * scale);
 }
 """
+
+LESS_ONE = """\
+// e^x - 1, exact to a few bits of itself near 0 too.
+static inline Vec exp_less_one(Vec x)
+{
+    x = pick(x < all(-87.0f), all(-87.0f), x);
+    x = pick(x > all(88.0f), all(88.0f), x);
+    const Vec shifted = x * 1.44269504f + 12582912.0f;
+    const Vec n = shifted - 12582912.0f;
+    const Vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    Vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    const Vec power = (Vec)(((Ints)shifted - 0x4B400000 + 127) << 23);
+    return (p * r * r + r) * power + (power - 1.0f);
+}
+"""
+
+AHEAD = """\
+// A row that will be read soon, asked for bit by bit beside other work: rows in time stand further apart than a processor
+// looks by itself, and asking for all at once would hold up what is read now.
+struct Ahead {
+    const char* row;
+    int64_t size;
+    Ahead(const void* p, int64_t type, int64_t place) : row((const char*)p), size(type == F32 ? 4 : 2) { row += place * size; }
+    inline void ask(int64_t number) const { __builtin_prefetch(row + number * size); }
+};
+"""

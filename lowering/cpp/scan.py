@@ -46,7 +46,7 @@ struct Call {{
     const Segment* segments;
     int64_t {", ".join(_SIZES)};
 }};
-constexpr int PIECE = {PIECE}, GROUP = {GROUP};
+constexpr int PIECE = {PIECE}, GROUP = {GROUP}, SOON = 8;
 """
 
 _FORWARD = """\
@@ -86,6 +86,9 @@ template <bool OUT> static inline void walk(const Call& c, int64_t n, int64_t fr
     load(h, c.state ? row(c.state, c, n, from) : nullptr, c);
     for (int64_t t = s.start; t < s.end; t++) {
         const Token x(c, t, from);
+        // Rows in time stand further apart than a processor looks by itself.
+        __builtin_prefetch(c.step + (t + SOON) * c.channels + from);
+        __builtin_prefetch(c.x + (t + SOON) * c.channels + from);
         if (!OUT && (t - s.start) % PIECE == 0) store(h, row(c.starts, c, s.piece + (t - s.start) / PIECE, from), c);
         Vec y = {};
         for (int j = 0; j < S; j++) {
@@ -127,6 +130,7 @@ static inline void pull(const Call& c, const Piece& p, int i, int64_t t, int64_t
 {
     const Token x(c, t, from);
     const int64_t place = t * c.channels + from, own = (group * c.tokens + t) * S;
+    if (c.d_o) __builtin_prefetch(c.d_o + place - SOON * c.channels);
     const Vec dy = c.d_o ? at(c.d_o + place) : Vec{};
     Vec du = {}, d_dt = {};
     for (int j = 0; j < S; j++) {
@@ -162,7 +166,7 @@ static void scan_back(const Call& c, int64_t n, int64_t low, int64_t high, int64
 }
 """
 
-_ENTRIES = """\
+UNITS = """\
 // Every unit is alone with its results, so that the number of threads changes no bit.
 typedef void (*Work)(const Call&, int64_t, int64_t, int64_t, int64_t);
 
@@ -189,7 +193,7 @@ ENTRY backward(const Call* c) { return over_units(*c, scan_back); }
 
 def source(state: int) -> str:
     """The C++ text for so many numbers a channel."""
-    parts = (prelude.VECTORS, f"constexpr int S = {state};\n", _STRUCTURES, _FORWARD, _BACKWARD, _ENTRIES)
+    parts = (prelude.VECTORS, f"constexpr int S = {state};\n", _STRUCTURES, _FORWARD, _BACKWARD, UNITS)
     return f"// selective_scan, states of {state}\n" + "\n".join(parts)
 
 
@@ -226,18 +230,23 @@ def _states(x: Maybe) -> Maybe:
     return None if x is None else _wide(x.transpose(1, 2))
 
 
+def segments_of(borders: list[int]) -> tuple[Tensor, int]:
+    """[count, 3]: where each segment starts and ends, and which of all pieces is its first; and how many pieces there are."""
+    pieces = [0]
+    for a, b in pairwise(borders):
+        pieces.append(pieces[-1] + -(-(b - a) // PIECE))
+    rows = zip(borders[:-1], borders[1:], pieces[:-1], strict=True)
+    return torch.tensor(list(rows), dtype=torch.int64).reshape(-1, 3), pieces[-1]
+
+
 def _call(x: Tensor, rate: Tensor, borders: list[int], operands: dict[str, Maybe]) -> tuple[Call, list[Tensor]]:
     """The call, and what has to live until it is done."""
-    lengths = [b - a for a, b in pairwise(borders)]
-    pieces = [0]
-    for length in lengths:
-        pieces.append(pieces[-1] + -(-length // PIECE))
-    rows = torch.tensor(list(zip(borders, borders[1:], pieces, strict=False)), dtype=torch.int64)
+    rows, pieces = segments_of(borders)
     channels = -(-x.shape[2] // LANES) * LANES
     threads = torch.get_num_threads() if x.numel() * rate.shape[1] > 1 << 16 else 1
-    call = Call(tokens=x.shape[0] * x.shape[1], channels=channels, count=len(lengths), threads=threads)
+    call = Call(tokens=x.shape[0] * x.shape[1], channels=channels, count=len(borders) - 1, threads=threads)
     if operands.get("d_o") is not None or operands.get("d_final") is not None:
-        operands["starts"] = torch.empty(max(1, pieces[-1]), rate.shape[1], channels)
+        operands["starts"] = torch.empty(max(1, pieces), rate.shape[1], channels)
     kept = {"segments": rows, "rate": _wide(rate.t()), **operands}
     for name, tensor in kept.items():
         if tensor is not None:

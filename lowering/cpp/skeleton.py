@@ -51,6 +51,8 @@ struct Room {
     float sums[C], writes[C];
     double log[C];
     float rise[C], fall[C];
+    float left[3][C / 16][DK];  // of one kind of decay: by blocks of 16 rows, for each channel
+    bool mild[C / 16];
     float* state;
 };
 

@@ -1,4 +1,4 @@
-"""Griffin's gated unit as one opaque op: a scan of one number a channel, its gates made again in the backward."""
+"""Griffin's gated unit as one opaque op, its gates made again in the backward: C++ where there is a compiler, else torch."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from torch import Tensor
 from ...ir.errors import PlaitError, TypeMismatch
 from ...ir.ops import gated_input
 from ...ir.ops.scan import STEEPEST
+from ..cpp import lru as generated
 from .precision import opaque
-from .scan import Maybe, before, begin, begun_back, ended_back, finals, runs_of, scan, scan_back, wide
+from .scan import Maybe, before, begin, begun_back, borders_of, ended_back, finals, runs_of, scan, scan_back, wide
 
 
 def rg_lru(x: Tensor, decay: Tensor, p: Tensor, state: Maybe = None, cu: Maybe = None) -> tuple[Tensor, Tensor]:
@@ -29,6 +30,8 @@ def rg_lru(x: Tensor, decay: Tensor, p: Tensor, state: Maybe = None, cu: Maybe =
 
 
 def _forward(x: Tensor, decay: Tensor, p: Tensor, state: Maybe, cu: Maybe) -> tuple[Tensor, Tensor]:
+    if generated.ready(x, decay, p, state):
+        return generated.forward(x, decay, p, state, borders_of(x, cu))
     runs, (a, root) = runs_of(x, cu), _gates(decay, p)
     u = wide(x) * root
     begun = None if state is None else state.to(u.dtype)
@@ -47,6 +50,8 @@ def _backward(
     d_h: Maybe, d_final: Maybe, x: Tensor, decay: Tensor, p: Tensor, state: Maybe, cu: Maybe
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Cotangents of x, decay and state; an empty tensor stands for that of an absent one."""
+    if generated.ready(x, decay, p, state, d_h, d_final):
+        return generated.backward(d_h, d_final, x, decay, p, state, borders_of(x, cu))
     runs, (a, root) = runs_of(x, cu), _gates(decay, p)
     u = wide(x) * root
     begun = None if state is None else state.to(u.dtype)
