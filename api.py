@@ -12,7 +12,7 @@ import torch
 from plait.frontends import ModelSpec, build, dump_spec, load_spec, ways_of
 from plait.frontends.hf import is_folder, load_hf, read_config, write_folder
 from plait.ir import CheckpointError, Graph, PlaitError, parse_mesh
-from plait.lowering import Program, lower
+from plait.lowering import Program, begin_building, lower
 from plait.passes import DEFAULT, Pipeline, placement
 from plait.runtime import CompiledModel, EncoderDecoder, Variant, read_metadata
 from plait.runtime.caches import meant_length
@@ -81,7 +81,7 @@ def compile(
     with together(here()) if mesh else nullcontext():
         source = spec
         spec, weights, origin = _opened(spec)
-        known, make, graph = _prepared(spec, wish)
+        known, make, graph = _prepared(spec, wish, jit)
     device = "cuda" if target == "cuda" and torch.cuda.is_available() else "cpu"
     options: dict[str, Any] = {"compiled": jit, "seed": seed, "device": device, "weights": weights}
     if mesh:
@@ -139,7 +139,7 @@ class Wish:
     place: str
 
 
-def _prepared(spec: Spec, wish: Wish) -> tuple[ModelSpec, Callable[[Variant], Program], Graph]:
+def _prepared(spec: Spec, wish: Wish, jit: bool = True) -> tuple[ModelSpec, Callable[[Variant], Program], Graph]:
     """The spec, what makes its programs, and the program before any pass."""
     if wish.mode not in MODES:
         raise PlaitError(f"mode is {wish.mode!r}, must be one of {', '.join(MODES)}")
@@ -160,7 +160,10 @@ def _prepared(spec: Spec, wish: Wish) -> tuple[ModelSpec, Callable[[Variant], Pr
         graph = program(
             known, task=variant.task, dtype=wish.dtype, packed=variant.packed, training=variant.training, last=variant.last
         )
-        return lower(pipeline.run(graph), target=wish.target, mesh=parse_mesh(wish.mesh) if wish.mesh else None)
+        graph, mesh = pipeline.run(graph), parse_mesh(wish.mesh) if wish.mesh else None
+        if jit and wish.target == "cpu" and mesh is None:
+            begin_building(graph, gradients=wish.mode == "train")
+        return lower(graph, target=wish.target, mesh=mesh, eager=not jit)
 
     return known, make, build(known, dtype=wish.dtype)
 

@@ -199,9 +199,9 @@ def run(job: Job, laps: dict[str, float]) -> Made:
 
 def _cpp(after: Graph) -> str:
     """The C++ that runs on a CPU, with the size of each library; nothing is built."""
-    from plait.lowering import cpp
+    from plait.lowering.libraries import libraries
 
-    parts = [f"// ==== {name}, {text.count(chr(10))} lines\n\n{text}" for name, text in cpp.sources(after).items()]
+    parts = [f"// ==== {name}, {text.count(chr(10))} lines\n\n{text}" for name, text in libraries(after).items()]
     return "\n\n".join(parts) or f"// {after.name} calls no C++ of plait's\n"
 
 

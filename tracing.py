@@ -22,7 +22,7 @@ Tensor = torch.Tensor
 SEMANTIC = (
     "rms_norm", "layer_norm", "l2_norm", "rope", "attention", "route", "dispatch", "grouped_linear", "combine",
     "causal_conv1d", "gated_delta_rule", "delta_rule", "kimi_delta_attention", "ssd", "gated_linear_attention",
-    "selective_scan", "softcap",
+    "selective_scan", "rg_lru", "softcap",
 )  # fmt: skip
 # How close a raise must be, by the shortest float of the trace, for values and for gradients: of the largest number there.
 WITHIN = {torch.float64: (1e-9, 1e-8), torch.float32: (1e-5, 1e-4), torch.bfloat16: (4e-2, 8e-2), torch.float16: (1e-2, 4e-2)}
@@ -131,11 +131,16 @@ def finders(exported: Exported, built: Built) -> dict[str, Callable[[torch.nn.Mo
 
     def find(name: str) -> Callable[[torch.nn.Module], Tensor]:
         if name not in held:
-            return lambda module: constants[name if name in constants else f"module.{name}"]
+            return lambda module: _real(constants[name if name in constants else f"module.{name}"])
         path, _, last = name.rpartition(".")
-        return lambda module: getattr(module.get_submodule(path), last)
+        return lambda module: _real(getattr(module.get_submodule(path), last))
 
     return {inner: find(name) for inner, name in built.weights.items()}
+
+
+def _real(x: Tensor) -> Tensor:
+    """Complex numbers as pairs of real ones, as a graph has them."""
+    return torch.view_as_real(x) if x.is_complex() else x
 
 
 # -- proof ------------------------------------------------------------------------------------
@@ -171,7 +176,11 @@ class Proof:
         with torch.set_grad_enabled(bool(self.wanted)):
             out = evaluate(graph, *self.inputs, params=self.params)
         outs = out if isinstance(out, tuple) else (out,)
-        return tuple(y.detach() for y in outs), _gradients(outs, self.wanted)
+        try:
+            return tuple(y.detach() for y in outs), _gradients(outs, self.wanted)
+        except RuntimeError as error:
+            why = f"{str(error).splitlines()[0][:200]}; trace it with gradients=False if it need not train"
+            raise PassError(f"the trace of the module has no gradients as the module has them: {why}") from error
 
     def differs(self, graph: Graph) -> str:
         """Why a graph is not what the module computes; empty where it is."""
@@ -291,7 +300,7 @@ def _places(locs: Iterable[str]) -> str:
 
 def compile_traced(traced: Traced, *, target: str = "cpu", passes: str = DEFAULT, jit: bool = True) -> TracedModel:
     """A module that runs and trains with the traced module's own weights."""
-    program = lower(Pipeline.parse(passes).run(traced.graph), target=target)
+    program = lower(Pipeline.parse(passes).run(traced.graph), target=target, eager=not jit)
     find = finders(traced.exported, traced.built)
     order = [find[flat_name(name)] for name in program.parameters]
     exported, built = traced.exported, traced.built

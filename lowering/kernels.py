@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -95,26 +95,38 @@ def fitted(graph: Graph, operands: Sequence[Tensor]) -> Graph:
 
 def bound(graph: Graph, operands: Sequence[Tensor]) -> dict[str, int]:
     """The number each symbolic size stands for. Raises TypeMismatch naming an operand that does not fit."""
-    env, device = dict[str, int](), operands[0].device
+    device = operands[0].device
     for value, x in zip(graph.inputs, operands, strict=True):
         if x.device != device:
             first = graph.inputs[0].name
             raise TypeMismatch(f"{graph.name}: {value.name} is on {x.device}, must be on {device} as {first} is")
-        if x.dim() != len(value.type.dims):
-            raise TypeMismatch(f"{graph.name}: {value.name} is {list(x.shape)}, must be {value.type}")
-        for dim, n in zip(value.type.dims, x.shape, strict=True):
+    return sized(graph, [x.shape for x in operands])
+
+
+def sized(graph: Graph, shapes: Sequence[Sequence[int]]) -> dict[str, int]:
+    """The number each symbolic size stands for in operands of these shapes. Raises TypeMismatch as `bound` does."""
+    env = dict[str, int]()
+    for value, shape in zip(graph.inputs, shapes, strict=True):
+        if len(shape) != len(value.type.dims):
+            raise TypeMismatch(f"{graph.name}: {value.name} is {list(shape)}, must be {value.type}")
+        for dim, n in zip(value.type.dims, shape, strict=True):
             must = env.setdefault(dim.size, n) if isinstance(dim.size, str) else dim.size
             if must != n:
-                raise TypeMismatch(f"{graph.name}: {value.name} is {list(x.shape)}, its {dim.size} must be {must}")
+                raise TypeMismatch(f"{graph.name}: {value.name} is {list(shape)}, its {dim.size} must be {must}")
     return env
 
 
 def room(graph: Graph, operands: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Tensors for the results, their numbers still open: all that a tracer needs to know."""
-    env = bound(graph, operands)
-    found = [[env[d.size] if d.size in env else size_value(d.size, env) for d in v.type.dims] for v in graph.outputs]
-    device = operands[0].device
-    return tuple(torch.empty(n, dtype=DTYPES[v.type.dtype], device=device) for v, n in zip(graph.outputs, found, strict=True))
+    env, device = bound(graph, operands), operands[0].device
+    return tuple(torch.empty(n, dtype=dtype, device=device) for n, dtype in result_shapes(graph, env))
+
+
+def result_shapes(graph: Graph, env: Mapping[str, int]) -> list[tuple[list[int], torch.dtype]]:
+    """Shape and dtype of every result where sizes stand for these numbers."""
+    sizes = [[d.size for d in v.type.dims] for v in graph.outputs]
+    shapes = [[env[n] if isinstance(n, str) and n in env else size_value(n, env) for n in dims] for dims in sizes]
+    return [(shape, DTYPES[v.type.dtype]) for v, shape in zip(graph.outputs, shapes, strict=True)]
 
 
 # -- gradients ----------------------------------------------------------------------------

@@ -7,9 +7,10 @@ import operator
 import torch
 from torch import fx
 
-from ..ir import Graph, Mesh, Node, PlaitError, Value, parameters
+from ..ir import Graph, Mesh, Node, OpDef, PlaitError, Value, ops, parameters
 from .cpp.step_run import step_of
-from .cpp_ops import Rows, cpp_op
+from .cpp_ops import Rows, Waiting, cpp_op
+from .cpp_parts import parted
 from .foreign import foreign_call
 from .gpu.tuned import digest as tuned_digest
 from .local import local_kernel
@@ -20,10 +21,11 @@ from .table import TARGETS, choose, standing
 from .triton_ops import KernelOp, backward_declined, kernel_op
 
 
-def lower(graph: Graph, *, target: str = "cpu", mesh: Mesh | None = None) -> Program:
+def lower(graph: Graph, *, target: str = "cpu", mesh: Mesh | None = None, eager: bool = False) -> Program:
     """One fx module per distinct layer, and an entry over them. Raises PlaitError for a target nobody knows.
 
-    Of a placed program it is what one rank of the mesh runs; its collectives meet the other ranks.
+    An eager one is run as it is: C++ for it waits for the first call that wants a gradient. Of a placed program it is
+    what one rank of the mesh runs; its collectives meet the other ranks.
     """
     if target not in TARGETS:
         raise PlaitError(f"no target called {target!r}; there are {', '.join(TARGETS)}")
@@ -32,8 +34,8 @@ def lower(graph: Graph, *, target: str = "cpu", mesh: Mesh | None = None) -> Pro
     names = dict[Graph, str]()
     for layer in graph.layers:
         name = names[layer] = f"layer{len(layers)}"
-        layers[name] = _Emitter(layer, target, choices, mesh=mesh).module()
-    entry = _Emitter(graph, target, choices, layers, names, mesh)
+        layers[name] = _Emitter(layer, target, choices, mesh=mesh, eager=eager).module()
+    entry = _Emitter(graph, target, choices, layers, names, mesh, eager)
     mark = fingerprint() + (tuned_digest() if target in ROW_KERNELS else "")  # configurations are compiled in
     step = step_of(graph, target) if mesh is None else None
     return Program(graph, target, entry.module(), layers, tuple(parameters(graph)), tuple(choices), mark, step)
@@ -42,14 +44,26 @@ def lower(graph: Graph, *, target: str = "cpu", mesh: Mesh | None = None) -> Pro
 ROW_KERNELS = ("cuda", "interpreter")  # targets on which a kernel is one op
 
 
+def carries(graph: Graph, node: Node) -> bool:
+    """Whether a recurrence takes its state from the graph's inputs, where none else reads it, and gives the new one out.
+
+    Of such a program nobody may still read the old state, as of caches that are written in place.
+    """
+    if not isinstance(node.op, OpDef) or node.op not in ops.FAMILY or node.attrs.get("over"):
+        return False
+    state = dict(zip((o.name for o in node.op.inputs), node.inputs, strict=True))["state"]
+    alone = state in graph.inputs and graph.uses[state] == (node,) and state not in graph.outputs
+    return alone and node.outputs[1] in graph.outputs
+
+
 class _Emitter:
     """Writes one graph as one fx module. Names in its source are of our making: a graph's own may come from a file."""
 
     def __init__(
         self, graph: Graph, target: str, choices: list[Choice], layers: dict[str, fx.GraphModule] | None = None,
-        names: dict[Graph, str] | None = None, mesh: Mesh | None = None,
+        names: dict[Graph, str] | None = None, mesh: Mesh | None = None, eager: bool = False,
     ) -> None:  # fmt: skip
-        self.mesh = mesh
+        self.mesh, self.eager = mesh, eager
         self.graph, self.target, self.choices, self.layers, self.names = graph, target, choices, layers or {}, names or {}
         self.root, self.fx = torch.nn.Module(), fx.Graph()
         self.env: dict[Value, fx.Node] = {}
@@ -76,11 +90,14 @@ class _Emitter:
             return foreign_call(self.fx, node, args)
         if not isinstance(node.op, Graph):
             run, runs, why = choose(node, self.target)
+            given_up = self.target in ROW_KERNELS and carries(self.graph, node)
+            why += "; a step writes the state where it stands" if given_up else ""
             self.choices.append(Choice(self.graph.name, node.op.name, node.loc, runs, why))
             while args and args[-1] is None:
                 args.pop()
             attrs = {k: v for k, v in node.attrs.items() if v != node.op.attrs[k]}
-            return self.fx.call_function(run, tuple(args), attrs | standing(node))
+            own = standing(node) | ({"carried": True} if given_up else {})
+            return self.fx.call_function(run, tuple(args), attrs | own)
         if node.op.role == "layer":
             args += [self.params[f"{node.attrs['params']}.{name}"] for name in parameters(node.op)]
             return self.fx.call_module(self.names[node.op], tuple(args))
@@ -97,7 +114,8 @@ class _Emitter:
             name = self.kernels[kernel] = f"kernel{len(self.kernels)}"
             own = self._row_kernel(kernel, loc) if self.target in ROW_KERNELS else None
             own = self._cpp_kernel(kernel, loc) if self.target == "cpu" else own
-            self.root.add_module(name, own or _Emitter(kernel, self.target, self.choices).module())
+            apart = parted(kernel) if self.target == "cpu" and own is None else kernel
+            self.root.add_module(name, own or _Emitter(apart, self.target, self.choices, mesh=self.mesh).module())
         return self.kernels[kernel]
 
     def _row_kernel(self, kernel: Graph, loc: str) -> fx.GraphModule | None:
@@ -112,8 +130,11 @@ class _Emitter:
         self.choices.append(Choice(self.graph.name, kernel.name, loc, "row kernel", why))
         return _called(made)
 
-    def _cpp_kernel(self, kernel: Graph, loc: str) -> Rows | None:
+    def _cpp_kernel(self, kernel: Graph, loc: str) -> torch.nn.Module | None:
         """The kernel as one op in C++ where that is faster; op by op for one token a row, where a call would cost more."""
+        if self.eager:
+            apart = _Emitter(kernel, self.target, self.choices).module()
+            return Waiting(apart, lambda: _Emitter(self.graph, self.target, [], mesh=self.mesh)._cpp_kernel(kernel, loc))
         try:
             made, why = cpp_op(local_kernel(kernel, self.mesh))
         except Declined:  # its ops stand among the choices one by one, fused by torch.compile

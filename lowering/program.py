@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -23,6 +25,24 @@ def fingerprint() -> str:
     for file in sorted([*(root / "ir").rglob("*.py"), *(root / "lowering").rglob("*.py")]):
         digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
+
+
+_PLAIN = ContextVar("plain", default=False)
+
+
+@contextmanager
+def plain() -> Generator[None]:
+    """Inside, CPU ops are torch code where C++ could be built for them too: for a call that nothing is worth building for."""
+    token = _PLAIN.set(True)
+    try:
+        yield
+    finally:
+        _PLAIN.reset(token)
+
+
+def is_plain() -> bool:
+    """Whether ops are to run as torch code."""
+    return _PLAIN.get()
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from ..ir import Graph
-from ..lowering.program import Program
+from ..lowering.program import Program, plain
 from .ahead import Code, compile_ahead, direct, wants_gradients
 
 Call = Callable[..., Any]
@@ -99,7 +99,7 @@ class Runner:
 
     def __init__(self, program: Program, compiled: dict[Graph, CompiledLayer] | None) -> None:
         self.program, self.entry, self.step = program, program.entry, None
-        self.paths = [name.split(".") for name in program.parameters]
+        self.paths, self.eager = [name.split(".") for name in program.parameters], compiled is None
         if compiled is None:
             return
         self.entry = fx.GraphModule(program.entry, program.entry.graph, "Entry")
@@ -112,6 +112,13 @@ class Runner:
     def __call__(
         self, inputs: Sequence[torch.Tensor], params: Sequence[torch.Tensor], *, in_place: bool = False
     ) -> tuple[torch.Tensor, ...]:
-        """The program's results; in place, new states may be written where the given ones are."""
+        """The program's results; in place, new states may be written where the given ones are.
+
+        Eager calls without a gradient are those of who wants an answer before a compiler would be done: they are torch code
+        alone. With gradients, steps are many, and what is built for them is paid back. No cache decides it, so bits stay.
+        """
+        if self.eager and not torch.compiler.is_compiling() and not wants_gradients([*inputs, *params]):
+            with plain():
+                return self.entry(*inputs, *params)
         made = self.step(inputs, params, in_place) if self.step is not None else None
         return self.entry(*inputs, *params) if made is None else made

@@ -6,13 +6,22 @@ import errno
 import os
 import subprocess
 import sys
+import threading
+import time
+import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
-from plait.lowering import cpp
+import torch
+import torch.nn.functional as F
+from plait.ir import parse
+from plait.lowering import cpp, lower
 from plait.lowering.cpp import build
 from plait.lowering.cpp import conv as conv_text
 from plait.lowering.cpp import recurrence as recurrence_text
+from plait.lowering.early import libraries
+from plait.runtime.runner import Runner
 
 TEXT = 'extern "C" __attribute__((visibility("default"))) int answer() {{ return {number}; }}\n'
 
@@ -134,3 +143,60 @@ def test_texts_differ_where_traits_do_and_nowhere_else() -> None:
     assert len(set(made)) == len(made)
     again = recurrence_text.source(recurrence_text.Traits(False, "head", 16, 16))
     assert again == made[0] and conv_text.source(4, "silu") != conv_text.source(4, "none")
+
+
+def test_who_needs_what_is_being_built_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, built, compiled = threading.Event(), list[str](), build._compile  # pyright: ignore[reportPrivateUsage] # slowed down
+
+    def slowly(source: str, *rest: Any) -> Path:
+        begun.set()
+        time.sleep(0.2)
+        built.append(source)
+        return compiled(source, *rest)
+
+    monkeypatch.setattr(build, "_compile", slowly)
+    monkeypatch.setattr(build, "_cores", lambda: 2)
+    cpp.begin(lambda: [("answer", TEXT.format(number=9))])
+    assert begun.wait(10) and answer(9) == 9
+    assert built == [TEXT.format(number=9)]
+
+
+FUSED = """
+def model(x: f32[b, s, 5]):
+    y = mix(x, params='layers.0')
+    return y
+
+@layer
+def mix(x: f32[b, s, 5], *, w: f32[5, 5] = normal(0.2), g: f32[5] = constant(1)):
+    n = prenorm(x, g)
+    y = linear(n, w)
+    return y
+
+@kernel
+def prenorm(x: f32[b, s, 5], g: f32[5]):
+    a = add(x, x)
+    n = rms_norm(a, g)
+    return n
+"""
+
+
+def test_eager_calls_build_nothing_but_for_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = list[tuple[str, str]]()
+
+    def refuse(source: str, name: str) -> None:
+        asked.append((name, source))
+        raise cpp.Unbuilt("not here")
+
+    monkeypatch.setattr(build, "load", refuse)
+    graph = parse(FUSED)
+    run = Runner(lower(graph, eager=True), None)
+    x, w, g = torch.randn(2, 7, 5), torch.randn(5, 5), torch.ones(5)
+    (plain,) = run([x], [w, g])
+    torch.testing.assert_close(plain, F.rms_norm(2 * x, (5,), g, 1e-6) @ w.mT)
+    assert not asked
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # without libraries it is torch code
+        (made,) = run([x.requires_grad_()], [w, g.requires_grad_()])
+        made.sum().backward()
+    torch.testing.assert_close(made, plain)
+    assert asked == list(libraries(graph, gradients=True)) and len(asked) == 2

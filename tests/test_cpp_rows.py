@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 from plait.api import compile, program
-from plait.ir import Graph, TypeMismatch, parse
+from plait.ir import Graph, TypeMismatch, evaluate, parse
 from plait.lowering import lower
 from plait.lowering.cpp import build, compiler
 from plait.lowering.cpp.rows import cpp_kernel
 from plait.lowering.cpp_ops import CPP, cpp_op
+from plait.lowering.cpp_parts import parted
 from plait.lowering.kernels import NAMES, layout
 from plait.lowering.rows import Declined
 from plait.lowering.triton_ops import KernelOp, registered
@@ -225,14 +226,10 @@ def test_threads_change_no_bit() -> None:
 
 
 @built
-def test_norms_and_rotations_are_for_cpp_and_pointwise_kernels_are_not() -> None:
+def test_what_is_cheap_or_narrow_is_not_for_cpp() -> None:
     assert "along rows" in cpp_op(graph_of(CASES["norms"][0], 48))[1]
-    for name, why in (
-        ("gates", "pointwise"),
-        ("glu", "pointwise"),
-        ("conv", "beyond its rows|pointwise"),
-        ("preamble", "beyond"),
-    ):
+    assert "exponentials" in cpp_op(graph_of(CASES["glu"][0], 256))[1]
+    for name, why in (("gates", "48 numbers a row"), ("glu", "48 numbers"), ("conv", "and cheap"), ("preamble", "beyond")):
         with pytest.raises(Declined, match=why):
             cpp_op(graph_of(CASES[name][0], 48))
     with pytest.raises(Declined, match="float64"):
@@ -253,7 +250,18 @@ def test_without_a_compiler_everything_is_as_before(monkeypatch: pytest.MonkeyPa
 def test_the_report_says_what_runs_in_cpp() -> None:
     graph = Pipeline.parse(DEFAULT).run(program("llama-3-8b-tiny", dtype="f32"))
     found = {c.op: c.why for c in lower(graph).choices if c.runs == "C++ rows"}
-    assert {"residual_norm", "qkv_prep"} <= set(found) and "glu" not in found
+    assert {"residual_norm", "qkv_prep", "glu"} <= set(found)
+
+
+@built
+def test_what_is_behind_a_convolution_is_rows() -> None:
+    graph = graph_of(CASES["preamble"][0], 48, "f64")
+    made = parted(graph)
+    assert [n.op.name for n in made.nodes] == ["causal_conv1d", "preamble"] and parted(made) is made
+    xs = operands(graph, {"b": 2, "s": 5})
+    assert all(torch.equal(a, b) for a, b in zip(evaluate(made, *xs), evaluate(graph, *xs), strict=True))
+    whole = Pipeline.parse(DEFAULT).run(program("qwen3-next-80b-a3b-tiny", dtype="f32"))
+    assert "preamble" in {c.op for c in lower(whole).choices if c.runs == "C++ rows"}
 
 
 @built

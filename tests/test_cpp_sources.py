@@ -7,10 +7,13 @@ from ctypes import CDLL
 
 import pytest
 import torch
+from plait.api import compile, program
 from plait.frontends import build, load_spec
 from plait.ir import DTYPES, parse
-from plait.lowering import cpp, lower
+from plait.lowering import cpp, cpp_ops, lower
 from plait.lowering.cpp import conv, recurrence
+from plait.lowering.cpp.build import library as build_library
+from plait.lowering.libraries import libraries
 from plait.passes import DEFAULT, Pipeline
 
 HEAD = (
@@ -64,5 +67,23 @@ def test_what_is_named_is_what_a_run_asks_for(dtype: str, out: int, taps: int, a
 
 def test_a_model_names_the_libraries_of_its_layers() -> None:
     graph = Pipeline.parse(DEFAULT).run(build(load_spec("qwen3-next-80b-a3b"), task="loss"))
-    assert [*cpp.sources(graph)] == ["conv_4_silu", "recurrence_delta_head_128x128"]
-    assert not cpp.sources(build(load_spec("llama-3-8b"), task="loss"))
+    assert [*cpp.sources(graph)] == ["conv_4_silu", "recurrence_delta_head_128x128", "attention", "softmax"]
+    assert [*cpp.sources(build(load_spec("llama-3-8b"), task="loss"))] == ["attention", "softmax"]
+    assert not cpp.sources(parse("def f(q: f64[2, 5, 2, 24]):\n    y = attention(q, q, q)\n    return y\n"))
+
+
+@pytest.mark.skipif(cpp.compiler() is None, reason="there is no C++ compiler")
+def test_row_kernels_that_are_named_are_those_that_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward of a model, kernel by kernel; a cached program's step is named too."""
+    asked = set[str]()
+
+    def note(text: str, name: str) -> CDLL | None:
+        asked.add(text)
+        return build_library(text, name)
+
+    monkeypatch.setattr(cpp_ops, "library", note)
+    cpp_ops._built.cache_clear()  # pyright: ignore[reportPrivateUsage]
+    compile("llama-3-8b-tiny", dtype="f32", jit=False).loss(torch.arange(18).view(2, 9)).backward()
+    named = libraries(Pipeline.parse(DEFAULT).run(program("llama-3-8b-tiny", task="loss", dtype="f32")))
+    assert asked == {text for name, text in named.items() if name.startswith("rows_")} and len(asked) > 6
+    assert "step" not in named and "step" in libraries(program("llama-3-8b-tiny", task="cached"))

@@ -11,7 +11,8 @@ import subprocess
 import tempfile
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -20,6 +21,7 @@ import torch
 from ...ir import PlaitError
 from ...ir.files import write_atomic, write_text
 from ..gpu.sources import cache_dir
+from ..program import is_plain
 
 Tensor = torch.Tensor
 COMPILERS = ("c++", "g++", "clang++")
@@ -32,9 +34,11 @@ FLAGS = (  # the first that the compiler takes
     _COMMON,
 )
 PATIENCE = 300  # seconds a compiler may take
-_LOCK = threading.RLock()
 _LOADED = dict[str, ctypes.CDLL]()
+_LOCKS = dict[str, threading.RLock]()  # of each library: who needs one waits for that one alone
 _WARNED = set[str]()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_LOCKS.clear)  # a child has no thread that would let go of them
 
 
 class Unbuilt(PlaitError):
@@ -80,7 +84,9 @@ def processor() -> str:
 
 
 def addressable(*tensors: Tensor | None) -> bool:
-    """Whether tensors are numbers in this process's memory, and not what a tracer or a transform made of them."""
+    """Whether C++ may read tensors: numbers in this process's memory, and not what a tracer or a transform made of them."""
+    if is_plain():
+        return False
     real = (Tensor, torch.nn.Parameter)
     return all(x is None or (type(x) in real and x.device.type == "cpu" and not _wrapped(x)) for x in tensors)
 
@@ -96,7 +102,7 @@ def load(source: str, name: str) -> ctypes.CDLL:
         raise Unbuilt(_none())
     parts = (source, path, described(path), processor(), repr(FLAGS))
     full = f"{name}_{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:20]}"
-    with _LOCK:
+    with _LOCKS.setdefault(full, threading.RLock()):
         if full not in _LOADED:
             _LOADED[full] = _kept(source, full, path)
         return _LOADED[full]
@@ -111,6 +117,25 @@ def library(source: str, name: str) -> ctypes.CDLL | None:
     except Unbuilt as error:
         _warn(name, f"{name} runs as torch code: {error}")
         return None
+
+
+def begin(texts: Callable[[], Iterable[tuple[str, str]]]) -> None:
+    """Builds libraries, by name and text, beside what the process does next; with one core there is no beside."""
+    if compiler() is not None and _cores() > 1:
+        threading.Thread(target=_beside, args=(texts,), name="plait-build").start()
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _beside(texts: Callable[[], Iterable[tuple[str, str]]]) -> None:
+    """One library after another while the program runs; who calls one that fails says why."""
+    with suppress(PlaitError, OSError):
+        for name, source in texts():
+            if not threading.main_thread().is_alive():
+                return
+            load(source, name)
 
 
 def _kept(source: str, full: str, path: str) -> ctypes.CDLL:

@@ -108,12 +108,13 @@ ALWAYS void store(uint16_t* to, float x) { *to = to_bf16(x); }
 ALWAYS float round_bf16(float x) { return load(to_bf16(x)); }
 
 // The sine (a quarter turn on: the cosine) of place p turning so many times a place. Turns are counted in float64, so that
-// far positions stay sharp; within an eighth of a turn, polynomials (Cephes).
+// far positions stay sharp; within an eighth of a turn, polynomials (Cephes). Beyond 2^51, no bits are left for a quarter:
+// adding 1.5 * 2^52 rounds to a whole number and leaves it in the low bits, which is the same in a vector.
 ALWAYS float wave(int64_t p, double rate, int quarter)
 {
-    const double turns = (double)p * rate, quarters = floor(turns * 4.0 + 0.5);
-    const float x = (float)((turns - quarters * 0.25) * 6.283185307179586);
-    const int32_t q = (int32_t)(quarters - 4.0 * floor(quarters * 0.25)) + quarter;
+    const double turns = (double)p * rate, shifted = turns * 4.0 + 6755399441055744.0;
+    const float x = (float)((turns - (shifted - 6755399441055744.0) * 0.25) * 6.283185307179586);
+    const int32_t q = (int32_t)bits<int64_t>(shifted) + quarter;
     const float z = x * x;
     const float s = ((-1.9515295891e-4f * z + 8.3321608736e-3f) * z - 1.6666654611e-1f) * z * x + x;
     const float c = ((2.443315711809948e-5f * z - 1.388731625493765e-3f) * z + 4.166664568298827e-2f) * z * z - 0.5f * z + 1.0f;

@@ -145,9 +145,10 @@ class Writer:
         inside = Scope(scope.axes | {axis}, scope)
         self.loops(inside, rest, body, sums)
         small = isinstance(axis.size, int) and axis.size <= SMALL
-        if not rest and not small:
+        around = any(line.lstrip().startswith("for ") for line in inside.lines)
+        if not around and not small:
             scope.lines.append("#pragma omp simd" + (f" reduction(+ : {sums})" if sums else ""))
-        elif small:
+        elif not around:  # a loop around others stays one: compilers make no vectors of what is inside a loop written out
             scope.lines.append(f"#pragma GCC unroll {SMALL}")
         name = axis.name
         scope.lines.append(f"for (int64_t {name} = 0; {name} < {axis.size}; {name}++) {{")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from ...ir import Graph, Node
-from . import conv, recurrence, scan
+from . import attention, conv, lru, recurrence, scan, softmax
 from .recurrence import Traits
 
 _KEYS = {  # op -> whether it is a delta rule, and its kind of decay; operands begin with q, k, v, those of finals with k, v
@@ -19,23 +19,38 @@ _KEYS = {  # op -> whether it is a delta rule, and its kind of decay; operands b
     "kimi_delta_final": (True, "channel"),
 }
 _DTYPES = ("f32", "bf16")
+Rows = Callable[[Graph], Mapping[str, str]]
 
 
-def sources(graph: Graph) -> dict[str, str]:
-    """Name -> text of every library that a graph, its layers and its kernels call, in order of first call."""
-    return dict(_sources(graph))
+def _one_by_one(kernel: Graph) -> Mapping[str, str]:
+    return {}
 
 
-def _sources(graph: Graph) -> Iterator[tuple[str, str]]:
+def sources(graph: Graph, rows: Rows = _one_by_one) -> dict[str, str]:
+    """Name -> text of every library that a graph, its layers and its kernels call, in order of first call.
+
+    `rows` gives those of a kernel that is one call; any other kernel is its ops.
+    """
+    return dict(_sources(graph, rows))
+
+
+def _sources(graph: Graph, rows: Rows) -> Iterator[tuple[str, str]]:
     for node in graph.nodes:
         if node.callee is not None:
-            yield from _sources(node.callee)
+            own = rows(node.callee) if node.callee.role == "kernel" else {}
+            yield from own.items() or _sources(node.callee, rows)
+        elif node.is_op("linear_cross_entropy", "linear_token_losses", "head_parts"):
+            yield softmax.NAME, softmax.source()
         elif node.is_op(*_KEYS):
             yield from _recurrence(node)
         elif node.is_op("causal_conv1d"):
             yield from _conv(node)
         elif node.is_op("selective_scan"):
             yield from _scan(node)
+        elif node.is_op("attention", "biased_attention"):
+            yield from _attention(node)
+        elif node.is_op("rg_lru") and all(v.type.dtype in (*_DTYPES, "i64") for v in node.operands):
+            yield lru.NAME, lru.source()
 
 
 def _recurrence(node: Node) -> Iterator[tuple[str, str]]:
@@ -62,3 +77,11 @@ def _scan(node: Node) -> Iterator[tuple[str, str]]:
     state = types[2].dims[1].size
     if isinstance(state, int) and 1 <= state <= scan.MOST and all(t.dtype in _DTYPES for t in types):
         yield scan.name_of(state), scan.source(state)
+
+
+def _attention(node: Node) -> Iterator[tuple[str, str]]:
+    types = [v.type for v in node.inputs[:3] if v is not None]
+    widths = [t.dims[3].size for t in types]
+    fits = all(isinstance(n, int) and 0 < n <= attention.WIDEST for n in widths)
+    if fits and all(t.dtype in (*_DTYPES, "f16") for t in types):
+        yield attention.NAME, attention.source()

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..cpp import softmax
 from .loss import HEAD_ROWS, _kept, _wide  # type: ignore[reportPrivateUsage] # one way to widen, and to refuse a label
 from .precision import own_precision
 
@@ -23,8 +24,7 @@ def linear_token_losses(x: Tensor, w: Tensor, labels: Tensor, *, ignore: int = -
     return losses.where(labels != ignore, torch.zeros_like(losses))
 
 
-def _logits(block: Tensor, head: Tensor, softcap: float) -> Tensor:
-    logits = _wide(block @ head.t())
+def _capped(logits: Tensor, softcap: float) -> Tensor:
     return logits.div_(softcap).tanh_().mul_(softcap) if softcap else logits
 
 
@@ -45,10 +45,14 @@ def _parts(x: Tensor, w: Tensor, words: Tensor, softcap: float, ignore: int | No
     wanted = torch.empty_like(lse)
     for lo in range(0, len(rows), HEAD_ROWS):
         block = slice(lo, lo + HEAD_ROWS)
-        logits = _logits(rows[block].to(head.dtype), head, softcap)
-        lse[block] = torch.logsumexp(logits, -1)
-        wanted[block] = logits.gather(1, place[block, None])[:, 0] * known[block]
+        logits = _wide(rows[block].to(head.dtype) @ head.t())
+        made = softmax.losses(logits, place[block], cap=softcap) or _torch_parts(_capped(logits, softcap), place[block])
+        lse[block], wanted[block] = made[0], made[1] * known[block]
     return lse.view(words.shape), wanted.view(words.shape)
+
+
+def _torch_parts(logits: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.logsumexp(logits, -1), logits.gather(1, words[:, None])[:, 0]
 
 
 @own_precision
@@ -56,19 +60,27 @@ def _parts_backward(
     d_lse: Tensor, d_wanted: Tensor, x: Tensor, w: Tensor, words: Tensor, lse: Tensor, softcap: float
 ) -> tuple[Tensor, Tensor]:
     rows, head, place, known = _flat(x, w, words)
-    scales, picks, denominators = d_lse.reshape(-1, 1), (d_wanted.reshape(-1) * known)[:, None], lse.reshape(-1, 1)
-    dx, dw = torch.empty_like(rows, memory_format=torch.contiguous_format), _wide(w[:0]).new_zeros(w.shape)
+    scales, picks, denominators = d_lse.reshape(-1), d_wanted.reshape(-1) * known, lse.reshape(-1)
+    dx = torch.empty_like(rows, memory_format=torch.contiguous_format)
+    dw = _wide(w[:0]).new_zeros(w.shape if not len(rows) else 0)
     for lo in range(0, len(rows), HEAD_ROWS):
         block = slice(lo, lo + HEAD_ROWS)
         given = rows[block].to(head.dtype)
-        logits = _logits(given, head, softcap)
-        slope = 1 - (logits / softcap).square_() if softcap else None
-        d = logits.sub_(denominators[block]).exp_().mul_(scales[block])
-        d.scatter_add_(1, place[block, None], picks[block].to(d.dtype))
-        d = d if slope is None else d.mul_(slope)
+        d = _wide(given @ head.t())
+        told = denominators[block], scales[block], picks[block]
+        if not softmax.pull(d, place[block], *told, cap=softcap):
+            _torch_pull(_capped(d, softcap), place[block], *told, softcap)
         dx[block] = d.to(head.dtype) @ head
-        dw.addmm_(_wide(d).t(), _wide(given))
+        both = _wide(d).t(), _wide(given)
+        dw = dw.addmm_(*both) if lo else torch.mm(*both)  # the first product needs no zeros to be added to
     return dx.view(x.shape), dw.to(w.dtype)
+
+
+def _torch_pull(logits: Tensor, words: Tensor, lse: Tensor, scales: Tensor, picks: Tensor, softcap: float) -> None:
+    """The gradients of `softmax.pull`, of logits behind the cap."""
+    slope = 1 - (logits / softcap).square_() if softcap else 1
+    logits.sub_(lse[:, None]).exp_().mul_(scales[:, None])
+    logits.scatter_add_(1, words[:, None], picks[:, None].to(logits.dtype)).mul_(slope)
 
 
 _op = torch.library.custom_op(

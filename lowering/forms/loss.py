@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...ir.errors import DataError
+from ..cpp import softmax
 from .precision import own_precision
 
 # Logits of one block: what stays in a core's cache; with the head, enough rows besides for its GEMMs to be fast.
@@ -65,16 +66,17 @@ def _linear_loss(
     # A CPU multiplies faster in float32 than in half precision.
     head = _wide(w) if x.device.type == "cpu" else w
     loss, share = _wide(rows[:0]).new_zeros(()), 1 / max(1, len(kept))
-    dx, dw = rows.new_zeros(rows.shape if train_x else 0), _wide(w[:0]).new_zeros(w.shape if train_w else 0)
+    dx, dw = rows.new_empty(rows.shape if train_x else 0), _wide(w[:0]).new_zeros(w.shape if train_w and not len(rows) else 0)
     for lo in range(0, len(rows), HEAD_ROWS):
         block, target = rows[lo : lo + HEAD_ROWS].to(head.dtype), targets[lo : lo + HEAD_ROWS]
-        part, d = _block_loss(block, head, target, softcap)
+        part, d = _block_loss(block, head, target, softcap, share if train_x or train_w else None)
         loss += part * share
-        d = d.mul_(share).to(head.dtype) if train_x or train_w else d
+        d = d.to(head.dtype)
         if train_x:
             dx[lo : lo + HEAD_ROWS] = d @ head
         if train_w:
-            dw.addmm_(_wide(d).t(), _wide(block))
+            both = _wide(d).t(), _wide(block)
+            dw = dw.addmm_(*both) if lo else torch.mm(*both)  # the first product needs no zeros to be added to
     return loss, _scattered(dx, kept, x) if train_x else dx, dw.to(w.dtype)
 
 
@@ -85,16 +87,20 @@ def _scattered(rows: Tensor, kept: Tensor, like: Tensor) -> Tensor:
     return full.view(like.shape)
 
 
-def _block_loss(block: Tensor, head: Tensor, target: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
-    """The summed loss of some tokens, and its gradient by their logits (before the cap)."""
+def _block_loss(block: Tensor, head: Tensor, target: Tensor, softcap: float, share: float | None) -> tuple[Tensor, Tensor]:
+    """The summed loss of some tokens; with a share of each, its gradient by their logits (before the cap)."""
     logits = _wide(block @ head.t())
+    if (made := softmax.losses(logits, target, cap=softcap, share=share)) is not None:
+        return (made[0] - made[1]).sum(), logits
     if softcap:
         logits = logits.div_(softcap).tanh_().mul_(softcap)
     lse = torch.logsumexp(logits, -1, keepdim=True)
     part = (lse - logits.gather(1, target[:, None])).sum()
+    if share is None:
+        return part, logits
     slope = 1 - (logits / softcap).square_() if softcap else None
     d = logits.sub_(lse).exp_()
-    d.scatter_add_(1, target[:, None], d.new_full((len(target), 1), -1.0))
+    d.scatter_add_(1, target[:, None], d.new_full((len(target), 1), -1.0)).mul_(share)
     return part, d if slope is None else d.mul_(slope)
 
 
