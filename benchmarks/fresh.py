@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import compileall
 import ctypes
 import gc
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -14,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -39,16 +42,26 @@ def peak_memory(side: str, name: str, tokens: int, layers: int = 4) -> dict[str,
 
 
 def _spawn(what: str, side: str, name: str, tokens: int, layers: int, mode: str, root: str | None) -> dict[str, Any]:
-    caches = {} if root is None else {variable: str(Path(root) / variable.lower()) for variable in CACHES}
-    caches["OMP_NUM_THREADS"] = str(torch.get_num_threads())
     command = [sys.executable, __file__, what, side, name, str(tokens), str(layers), mode]
-    before, children = read_clock(), _children()
-    done = subprocess.run(command, env=os.environ | caches, capture_output=True, text=True, check=False)
+    env, before, children = environment(root), read_clock(), _children()
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     if done.returncode:
         return {"missing": (done.stderr.strip().splitlines() or ["no message"])[-1]}
     after = read_clock()
     others = (after.busy - before.busy) - (_children() - children)
     return json.loads(done.stdout.splitlines()[-1]) | {"others": max(0.0, others / (after.wall - before.wall))}
+
+
+def environment(root: str | None) -> dict[str, str]:
+    """What a fresh process is told: caches of its own under `root`, and our bytecode as an installed package has it."""
+    _compile_bytecode()
+    caches = {} if root is None else {variable: str(Path(root) / variable.lower()) for variable in CACHES}
+    return {**os.environ, **caches, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+
+
+@cache
+def _compile_bytecode() -> None:
+    compileall.compile_dir(Path(__file__).parents[1], quiet=2, rx=re.compile(r"/\.|/tests/"))
 
 
 def _children() -> float:

@@ -157,10 +157,8 @@ def decoding(folder: Path, batch: int, count: int) -> dict[str, Thunk]:
 def spawn(row: str, side: str, folder: Path, tokens: int) -> Record:
     """One measurement in a process of its own with caches of its own."""
     with tempfile.TemporaryDirectory() as root:
-        env = {variable: str(Path(root) / variable.lower()) for variable in fresh.CACHES}
-        env["OMP_NUM_THREADS"] = str(torch.get_num_threads())
         command = [sys.executable, __file__, "--child", row, side, str(folder), str(tokens)]
-        done = subprocess.run(command, env=os.environ | env, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, env=fresh.environment(root), capture_output=True, text=True, check=False)
     if done.returncode:
         return {"missing": (done.stderr.strip().splitlines() or ["no message"])[-1]}
     return json.loads(done.stdout.splitlines()[-1])

@@ -31,7 +31,7 @@ def _steps(type_: TensorType, pattern: str) -> list[Step]:
     moved = [x for a in target for x in a.letters if not x.endswith("=1")]
     order = tuple(flat.index(x) for x in moved)
     if order != tuple(range(len(order))):
-        steps.append(("permute", order))
+        steps.append(("permute", (order,)))
     return steps + _groups([tuple(a.letters) for a in target])
 
 

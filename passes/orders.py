@@ -6,8 +6,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import networkx as nx
-
 from ..ir import Graph, Node, OpDef, PassError, PlacementError, TensorType, Value
 from ..ir.orders import Zigzag, parse_order
 from ..ir.sizes import Size
@@ -102,6 +100,8 @@ def orders(graph: Graph, tokens: Tokens, costs: Costs, ends: bool | None) -> tup
 
     A value costs as much as it holds where a reader wants another order than its maker gives: once, for all such readers.
     """
+    import networkx as nx  # slow to import, and only placed programs ask for it
+
     cut, source = nx.DiGraph(), behind(graph)
     cut.add_node("natural")
     cut.add_node("zigzag")

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, cast
 
-import networkx as nx
-
 from ..ir import Graph, Mesh, PassError, PlacementError, mesh_text
 from .machine import Machine
 from .plan_balance import ORDERS
@@ -189,6 +187,8 @@ def _shortest(
     calls: Sequence[Step], allowed: Allowed, setting: Setting, orders: Sequence[str]
 ) -> tuple[float, dict[str, str]] | None:
     """Seconds and orders; a node is a call, its order, and what layers have taken so far."""
+    import networkx as nx  # slow to import, and only placed programs ask for it
+
     ways: Any = nx.DiGraph()
     ways.add_node("start")
     border: list[Any] = ["start"]

@@ -208,11 +208,18 @@ def _compiled(flat: fx.GraphModule, fakes: Sequence[Tensor], mode: Any) -> Any:
     # What is found in a cache does not say for which sizes it is: here is only compiled what `_load` does not have.
     tag = os.urandom(16).hex()
     ours = {f"{__name__}.{n.target.__name__}": tag for n in flat.graph.nodes if n.op == "call_function"}
-    settings = cast("Any", config).patch(unsafe_marked_cacheable_functions=ours)
+    settings = cast("Any", config).patch({"unsafe_marked_cacheable_functions": ours, **_trusting()})
     with settings, cast("Any", caches).patch(cache_key_tag=tag):
         return standalone_compile(
             flat, [*fakes], dynamic_shapes="from_example_inputs", aot=True, donate_graph_module=True, fake_mode=mode
         )
+
+
+def _trusting() -> dict[str, Any]:
+    """A compiler of this C++ knows the vector instructions that the processor has; asking it builds a library for each set."""
+    from torch._inductor import config
+
+    return {"cpp.vec_isa_ok": True} if config.cpp.vec_isa_ok is None else {}
 
 
 # -- kept code ----------------------------------------------------------------------------
@@ -252,13 +259,15 @@ def _load(file: Path) -> Code | None:
     whole = hashlib.sha256(kept[DIGEST:]).digest() == kept[:DIGEST]
     if not whole or about.st_uid != os.getuid() or about.st_mode & 0o022:
         return None
+    from torch._inductor import config
     from torch._inductor.standalone_compile import AOTCompiledArtifact
 
     head, _, data = kept[DIGEST:].partition(b"\n")
     limits = (
         Limit(relation, tuple((n, tuple((i, d) for i, d in at)) for n, at in terms)) for relation, terms in json.loads(head)
     )
-    return Code(AOTCompiledArtifact.deserialize(data), tuple(limits))
+    with cast("Any", config).patch(_trusting()):
+        return Code(AOTCompiledArtifact.deserialize(data), tuple(limits))
 
 
 def _save(file: Path, made: Any, limits: Sequence[Limit]) -> None:

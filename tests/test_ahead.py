@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from plait.ir import Graph, parse
+from plait.ir import Graph, evaluate, parse
 from plait.lowering import cpp_ops, lower
+from plait.lowering.reshape import view_steps
 from plait.runtime import ahead
 from plait.runtime.runner import CompiledLayer
 
@@ -127,3 +128,13 @@ def test_another_way_to_run_a_kernel_is_other_code(monkeypatch: pytest.MonkeyPat
         made.append(lower(parse(ENTRY + FUSED), target="cpu").layers["layer0"])
     assert made[0].code == made[1].code
     assert ahead._texts(made[0]) != ahead._texts(made[1])  # pyright: ignore[reportPrivateUsage]
+
+
+@pytest.mark.parametrize("pattern", ["(h=4 d) r -> h r d", "(h=2 d) r -> d (h r) u=1"])
+def test_views_are_the_same_as_methods_and_as_functions(pattern: str) -> None:
+    """A layer compiled ahead calls torch's functions where its graph names methods."""
+    graph = parse(f"def f(x: f32[12, 5]):\n    y = reshape(x, pattern='{pattern}')\n    return y\n")
+    x = y = z = torch.randn(12, 5)
+    for name, args in view_steps(graph.nodes[0]):
+        y, z = getattr(y, name)(*args), getattr(torch, name)(z, *args)
+    assert torch.equal(y, evaluate(graph, x)) and torch.equal(z, y)
