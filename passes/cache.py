@@ -9,6 +9,8 @@ from typing import Any
 
 from ..ir import Builder, Dim, Graph, Node, OpDef, PassError, Replay, TensorType, Value, ops
 from ..ir.sizes import plus
+from .cleanup import dce
+from .latent import absorbed
 from .registry import Outcome, register
 from .remarks import Remark
 
@@ -60,9 +62,13 @@ def with_cache(graph: Graph, *, last: bool = False, rows: bool = False, paged: b
     With `rows` each row has its own `at`, packed tokens may go to rows of states (segment r to row r), and the keys of a
     window wait in a ring of w<window> slots. With `paged` those of full attention wait in a pool of pages: `slots` says where
     each token's stand (-1: nowhere), `table` which pages each row has.
+
+    Keys and values that are projections of narrower rows are not kept: the rows are, and queries go to them.
     """
     _refuse(graph, rows or paged)
-    made = _Caching(graph, last, _Style(_rows(graph), paged) if rows or paged else _Style()).run()
+    narrow = absorbed(graph)
+    made = _Caching(narrow, last, _Style(_rows(graph), paged) if rows or paged else _Style()).run()
+    made = made if narrow is graph else dce(made)[0]
     said = [Remark("passed", "with-cache", s.name, f"{s.kind} {s.type}") for s in cache_states(made)]
     return made, tuple(said)
 
@@ -173,7 +179,7 @@ class _Caching:
     def _emit(self, node: Node) -> Sequence[Value]:
         inputs = [self.env[v] if v is not None else None for v in node.inputs]
         if node.callee is None or node.callee.role != "layer":
-            made, states = _emit_op(self.places, node, inputs, lambda role, t: self._state("", role, t))
+            made, states = _emit_op(self.places, self.graph, node, inputs, lambda role, t: self._state("", role, t))
             self.states += states
             return made
         if node is self.head:
@@ -247,7 +253,7 @@ class _Places:
 
 
 def _emit_op(
-    places: _Places, node: Node, inputs: Sequence[Value | None], make: Callable[[str, TensorType], Value]
+    places: _Places, graph: Graph, node: Node, inputs: Sequence[Value | None], make: Callable[[str, TensorType], Value]
 ) -> tuple[Sequence[Value], list[Value]]:
     """Emit one node with the states it needs: its results, and the states that come out."""
     given, states, b = list(inputs), list[Value](), places.builder
@@ -255,9 +261,13 @@ def _emit_op(
     rows, names = places.style.rows is not None, [v.name for v in node.outputs]
     if node.is_op("attention") or _biased(node):
         cu = given[_position(node, "cu")] if node.is_op("attention") else None
+        part = _part_of_keys(graph, node)
         for i, role in zip((1, 2), _ROLES["attention"], strict=True):
             new = given[i]
             assert new is not None
+            if i == 2 and part is not None:
+                given[i] = ops.split(states[0], sizes=part.attrs["sizes"])[part.outputs.index(node.operands[i])]
+                continue
             given[i] = written = places.write(node, new, cu, lambda t, role=role: make(role, t))
             states.append(written)
         if rows:
@@ -276,6 +286,13 @@ def _emit_op(
     return made, states
 
 
+def _part_of_keys(graph: Graph, node: Node) -> Node | None:
+    """The split that an attention's values are, where they are a part of its keys: they wait with them."""
+    keys, values = node.operands[1:3]
+    maker = graph.makers.get(values)
+    return maker if maker is not None and maker.is_op("split") and maker.operands[0] is keys else None
+
+
 def _position(node: Node, operand: str) -> int:
     assert isinstance(node.op, OpDef)
     return [o.name for o in node.op.inputs].index(operand)
@@ -288,6 +305,7 @@ def _cache_type(new: TensorType, room: str) -> TensorType:
 
 def _cached(layer: Graph, entry: Graph, style: _Style) -> _Cached:
     """A layer whose states come in behind its inputs and go out behind its results."""
+    layer, given = absorbed(layer), layer
     replay = Replay(layer)
     b, env = replay.builder, replay.env
     places = _Places(b, entry, style, layer.nodes)
@@ -300,10 +318,12 @@ def _cached(layer: Graph, entry: Graph, style: _Style) -> _Cached:
         return b.input(name, type_)
 
     for node in layer.nodes:
-        made, states = _emit_op(places, node, [env[v] if v is not None else None for v in node.inputs], make)
+        inputs = [env[v] if v is not None else None for v in node.inputs]
+        made, states = _emit_op(places, layer, node, inputs, make)
         env.update(zip(node.outputs, made, strict=True))
         out += states
-    return _Cached(b.finish([*(env[v] for v in layer.outputs), *out]), tuple(found), tuple(places.values))
+    made = b.finish([*(env[v] for v in layer.outputs), *out])
+    return _Cached(made if layer is given else dce(made)[0], tuple(found), tuple(places.values))
 
 
 def _head(graph: Graph) -> Node:

@@ -19,13 +19,16 @@ from plait.passes.samples import draw
 
 LENGTH, ROOM = 9, 11
 SPEC: dict[str, Any] = {
-    "name": "pieces", "vocab": 61, "hidden": 20, "blocks": ["gdn", "local", "kda", "mlp", "mamba2", "attention", "gdn"],
+    "name": "pieces", "vocab": 61, "hidden": 20,
+    "blocks": ["gdn", "local", "kda", "mlp", "mamba2", "attention", "gdn", "latent"],
     "gdn": {"key_heads": 1, "value_heads": 2, "key_dim": 5, "value_dim": 7},
     "kda": {"heads": 3, "head_dim": 5},
     "mamba2": {"heads": 4, "groups": 2, "head_dim": 3, "state": 5},
     "mlp": {"width": 13},
     "attention": {"heads": 4, "kv_heads": 2, "head_dim": 6, "qk_norm": True, "gate": True, "rope": {"theta": 100.0}},
-    "kinds": {"local": {"kind": "attention", "heads": 3, "head_dim": 5, "window": 3, "sinks": True}},
+    "kinds": {"local": {"kind": "attention", "heads": 3, "head_dim": 5, "window": 3, "sinks": True},
+              "latent": {"kind": "mla", "heads": 3, "own_dim": 5, "shared_dim": 2, "value_dim": 4, "kv_rank": 7,
+                         "rope": {"theta": 100.0}}},
 }  # fmt: skip
 
 
@@ -119,10 +122,33 @@ def test_states_are_named_typed_and_in_order():
         "layers_5_v_cache f64[b, m, 2, 6] v_cache",
         "layers_6_conv_state f64[b, 24, 3] conv_state",
         "layers_6_recurrent_state f64[b, 2, 5, 7] recurrent_state",
+        "layers_7_k_cache f64[b, m, 1, 9] k_cache",
     ]
     assert [v.name for v in cached.inputs[:2]] == ["tokens", "at"]
     assert [v.type for v in cached.outputs[1:]] == [s.type for s in states]
     assert len(cached.layers) == len(program().layers) and len(remarks) == len(states)
+
+
+LATENT = """
+def f(q: f64[b, s, 2, 5], c: f64[b, s, {rank}], s: f64[b, s, 1, 2], *, w: f64[14, {rank}] = normal(1.0)):
+    y = linear(c, w)
+    z = reshape(y, pattern='{heads}')
+    a, v = split(z, sizes=(3, 4))
+    r = repeat_heads(s, r=2)
+    k = concat(a, r)
+    o = attention(q, k, v{window})
+    return o
+"""
+BY_HEADS = "... (h=2 d) -> ... h d"
+
+
+def test_rows_that_keys_and_values_are_made_of_wait_where_they_are_narrower():
+    """One cache of 6 numbers a token where keys and values have 18; rows as wide as both, a window, or other heads keep two."""
+    narrow = LATENT.format(rank=4, heads=BY_HEADS, window="")
+    assert [str(s.type) for s in cache_states(with_cache(parse(narrow))[0])] == ["f64[b, m, 1, 6]"]
+    for rank, heads, window in ((16, BY_HEADS, ""), (4, BY_HEADS, ", window=2"), (4, "b t (d h=2) -> b t h d", "")):
+        kept = cache_states(with_cache(parse(LATENT.format(rank=rank, heads=heads, window=window)))[0])
+        assert [str(s.type) for s in kept] == ["f64[b, m, 2, 5]", "f64[b, m, 2, 4]"]
 
 
 def test_recurrent_states_stay_wide_and_caches_take_the_model_s_dtype():
