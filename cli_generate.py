@@ -70,7 +70,7 @@ def begun(prompt: str | None, ids: str | None) -> str:
         raise problem("give what the text begins with, either --prompt or --ids")
     begin = prompt if prompt is not None else ids or ""
     if not begin:
-        raise problem("the prompt is empty; give at least one character to continue")
+        raise problem(f"the prompt is empty; give at least one {'character' if ids is None else 'token number'} to continue")
     return begin
 
 
@@ -155,6 +155,11 @@ def opened(path: Path, *, jit: bool, numbers: bool) -> CompiledModel:
 
     if is_folder(path):
         return compile(path, mode="infer", jit=jit)
+    if path.is_dir() and not (path / "latest").exists():
+        what = "must be a Hugging Face folder, a run's folder or a saved file"
+        raise problem(f"{path}: has neither a config.json nor a run's `latest`; {what}")
+    if not path.exists():
+        raise problem(f"{path}: there is no such file or folder")
     model = load(checkpoint_file(path), dtype="f32", mode="infer", jit=jit)
     if model.vocab != 256 and not numbers:
         raise problem(

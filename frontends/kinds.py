@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from .feed import Mlp, Moe
-from .kinds_cross import Relative
+from .kinds_cross import Grouped, Relative
 from .record import (
     MAX_SIZE,
     WAY,
@@ -34,13 +34,10 @@ __all__ = [
 ]  # fmt: skip
 
 
-class Attention(Sublayer):
+class Attention(Grouped):
     """Softmax attention with grouped key/value heads."""
 
     kind: Literal["attention"] = "attention"
-    heads: Size = Field(description="query heads")
-    kv_heads: Size = Field(default=0, description="key/value heads; as many as heads unless given")
-    head_dim: Size = Field(description="columns of a head")
     qk_norm: bool = Field(default=False, description="RMS norm of every query and key head")
     qk_norm_whole: bool = Field(default=False, description="that norm is of all heads together, not of each")
     rope: Rope | None = Field(default=None, description="rotary positions; none when absent")
@@ -56,11 +53,6 @@ class Attention(Sublayer):
     causal: bool = Field(default=True, description="a query sees no later key")
     cp: AttentionWay = Field(default="", description=WAY)
 
-    @model_validator(mode="before")
-    @classmethod
-    def _fill(cls, fields: object) -> object:
-        return default_to(cls, fields, "kv_heads", "heads")
-
     def rules(self) -> list[str]:
         lines = divides("kv_heads", self.kv_heads, "heads", self.heads)
         lines += bounded("heads", "heads * head_dim * (2 if gate)", self.query_width * (2 if self.gate else 1))
@@ -75,16 +67,6 @@ class Attention(Sublayer):
         if self.relative and (self.window or self.sinks or self.softcap or self.cp):
             lines.append("relative: must be absent beside window, sinks, softcap and cp")
         return lines
-
-    @property
-    def query_width(self) -> int:
-        """Columns of the query projection, the gate not counted."""
-        return self.heads * self.head_dim
-
-    @property
-    def kv_width(self) -> int:
-        """Columns of the key projection, and of the value projection."""
-        return self.kv_heads * self.head_dim
 
     @property
     def q_norm_width(self) -> int:

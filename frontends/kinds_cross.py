@@ -23,25 +23,17 @@ class Relative(Frozen):
         return []
 
 
-class Cross(Sublayer):
-    """Attention of a decoder's tokens to what its encoder made, without positions."""
+class Grouped(Sublayer):
+    """Attention by heads, several of which may share keys and values."""
 
-    kind: Literal["cross"] = "cross"
     heads: Size = Field(description="query heads")
     kv_heads: Size = Field(default=0, description="key/value heads; as many as heads unless given")
     head_dim: Size = Field(description="columns of a head")
-    bias: bool = Field(default=False, description="bias on the query, key and value projections")
-    out_bias: bool = Field(default=False, description="bias on the output projection")
-    scale: Positive | None = Field(default=None, description="score multiplier; head_dim**-0.5 unless given")
 
     @model_validator(mode="before")
     @classmethod
     def _fill(cls, fields: object) -> object:
         return default_to(cls, fields, "kv_heads", "heads")
-
-    def rules(self) -> list[str]:
-        lines = divides("kv_heads", self.kv_heads, "heads", self.heads)
-        return lines + bounded("heads", "heads * head_dim", self.query_width) + bounded("kv_heads", "keys", 2 * self.kv_width)
 
     @property
     def query_width(self) -> int:
@@ -52,3 +44,16 @@ class Cross(Sublayer):
     def kv_width(self) -> int:
         """Columns of the key projection, and of the value projection."""
         return self.kv_heads * self.head_dim
+
+
+class Cross(Grouped):
+    """Attention of a decoder's tokens to what its encoder made, without positions."""
+
+    kind: Literal["cross"] = "cross"
+    bias: bool = Field(default=False, description="bias on the query, key and value projections")
+    out_bias: bool = Field(default=False, description="bias on the output projection")
+    scale: Positive | None = Field(default=None, description="score multiplier; head_dim**-0.5 unless given")
+
+    def rules(self) -> list[str]:
+        lines = divides("kv_heads", self.kv_heads, "heads", self.heads)
+        return lines + bounded("heads", "heads * head_dim", self.query_width) + bounded("kv_heads", "keys", 2 * self.kv_width)

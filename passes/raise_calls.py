@@ -48,6 +48,17 @@ def fills(graph: Graph) -> list[str]:
     ]
 
 
+def scales_behind(graph: Graph) -> tuple[Rule, ...]:
+    """Logits scaled after a mask was filled in are scaled before: what is hidden stays hidden."""
+    return tuple(_scale_behind(f"scale-behind-mask-{i}", text) for i, text in enumerate(fills(graph)))
+
+
+def _scale_behind(name: str, text: str) -> Rule:
+    filled, hidden = f"target='aten.masked_fill.Scalar', args={text!r}", arguments(text).positional[2]
+    before, after = f"f = aten(l, m, {filled})\ny = scale(f, by=S)", f"z = scale(l, by=S)\ny = aten(z, m, {filled})"
+    return Rule.of(name, before, after, lambda found: found.attrs["S"] > 0 and hidden * found.attrs["S"] <= LOWEST)
+
+
 def short_convs(graph: Graph) -> tuple[Rule, ...]:
     """A depthwise conv over [b c t], padded by what it looks back: one rule for each way it is called here."""
     made = dict[tuple[str, ...], Rule]()
@@ -174,7 +185,7 @@ def partial_turns(graph: Graph) -> tuple[Rule, ...]:
     sizes = {n.attrs["sizes"] for n in graph.nodes if n.is_op("split") and len(n.attrs["sizes"]) == 2}
     made = list[Rule]()
     for turned, rest in sorted(sizes):
-        fraction, options = turned / (turned + rest), "theta=T, scaling=S, rounded=R"
+        fraction, options = turned / (turned + rest), "theta=T, scaling=S, divisors=D, amplitude=A, rounded=R, interleaved=I"
         if int((turned + rest) * fraction) != turned:
             continue
         first = (

@@ -8,7 +8,7 @@ from itertools import product
 
 from ..ir import Graph, ops
 from .match import Match
-from .raise_calls import BEHIND, FIRST, LOWEST, fills, masked_attention, partial_turns, routers, short_convs
+from .raise_calls import BEHIND, FIRST, LOWEST, fills, masked_attention, partial_turns, routers, scales_behind, short_convs
 from .raise_flat import FLAT
 from .rewrite import Rule
 
@@ -58,6 +58,12 @@ NORMS = (
         "y = rms_norm(x, w, eps=E)",
     ),
     Rule.of("rms-norm-weight", "n = rms_norm(x, eps=E)\ny = scale_columns(n, w)", "y = rms_norm(x, w, eps=E)"),
+    Rule.of(
+        "layer-norm-of-rms-norm-weight",
+        "m = row_mean(x)\na = reshape(m, pattern='... -> ... u=1')\n"
+        "c = aten(x, a, target='aten.sub.Tensor', args='x0, x1')\ny = rms_norm(c, w, eps=E, zero_centered=False, groups=1)",
+        "y = layer_norm(x, w, eps=E)",
+    ),
     Rule.of("layer-norm-weight", "n = layer_norm(x, eps=E)\ny = scale_columns(n, w)", "y = layer_norm(x, w, eps=E)"),
     Rule.of("layer-norm-bias", "n = layer_norm(x, w, eps=E)\ny = add_bias(n, c)", "y = layer_norm(x, w, c, eps=E)"),
     *(
@@ -100,8 +106,8 @@ ACTIVATIONS = (
     Rule.of("softcap", "s = scale(x, by=a)\nt = tanh(s)\ny = scale(t, by=c)", "y = softcap(x, cap=c)", _bends),
 )
 
-_LAW = "width=W, theta=T, scaling=S, rounded=R"
-_TURN = "theta=T, scaling=S, rounded=R"
+_TURN = "theta=T, scaling=S, divisors=D, amplitude=A, rounded=R"
+_LAW = f"width=W, {_TURN}"
 _TIMES = "target='aten.mul.Tensor', args='x0, x1'"
 _HALVES = f"""
     c = rope_table(p, part='cos', layout='halves', shape=H, {_LAW})
@@ -127,10 +133,23 @@ _ONCE = f"""
     q = add(n, o)
     y = concat(m, q)
 """
-_HEADSBEHIND = f"y = rope(x, p, {_TURN})"
-_HEADSFIRST = f"""
+_PAIRS = f"""
+    c = rope_table(p, part='cos', layout='pairs', shape=H, {_LAW})
+    s = rope_table(p, part='sin', layout='pairs', shape=H, {_LAW})
+    m = aten(x, c, {_TIMES})
+    d = reshape(x, pattern='... (n r=2) -> ... (r n)')
+    a, b = split(d, sizes=Z)
+    n = scale(b, by=-1.0)
+    r = concat(n, a)
+    v = reshape(r, pattern='... (r=2 n) -> ... n r')
+    t = reshape(v, pattern='a b c d e -> a b c (d e)')
+    u = aten(t, s, {_TIMES})
+    y = add(m, u)
+"""
+_HEADS_BEHIND = f"y = rope(x, p, {_TURN}{{}})"
+_HEADS_FIRST = f"""
     t = reshape(x, pattern='b h t d -> b t h d')
-    z = rope(t, p, {_TURN})
+    z = rope(t, p, {_TURN}{{}})
     y = reshape(z, pattern='b t h d -> b h t d')
 """
 
@@ -148,10 +167,12 @@ def _turned(*shape: str) -> object:
 
 
 ROPE = tuple(
-    Rule.of(f"rope-{name}-{where}", before, after, _turned(*shape))  # type: ignore[arg-type] # a condition
-    for name, before in (("halves", _HALVES), ("once", _ONCE))
-    for where, after, shape in (("heads-first", _HEADSFIRST, ("1", "t", "d")), ("heads-behind", _HEADSBEHIND, ("t", "1", "d")))
-)
+    Rule.of(f"rope-{name}-{where}", before, after.format(pairs), _turned(*shape))  # type: ignore[arg-type] # a condition
+    for name, before, pairs in (("halves", _HALVES, ""), ("once", _ONCE, ""), ("pairs", _PAIRS, ", interleaved=True"))
+    for where, after, shape in (
+        ("heads-first", _HEADS_FIRST, ("1", "t", "d")), ("heads-behind", _HEADS_BEHIND, ("t", "1", "d")),
+    )
+)  # fmt: skip
 
 
 def _hides(found: Match) -> bool:
@@ -187,7 +208,7 @@ def eager_attention(graph: Graph) -> tuple[Rule, ...]:
     for key, (turn, back) in _KEYS.items():
         for scaled in ("scaled", ""):
             for mask, (hide, seen) in (_MASKS | _filled(graph)).items():
-                for island, cap in product(("", "cast", "island"), ("", "capped")):
+                for island, cap in product(("", "cast", "island", "double"), ("", "capped")):
                     name = "-".join(filter(None, ("attention", key, scaled, cap, mask, island)))
                     made.append(_attention(name, *_eager(turn, back, scaled, cap, hide, seen, island)))
     return tuple(made)
@@ -210,6 +231,34 @@ def _filled(graph: Graph) -> dict[str, tuple[str, str]]:
     return made
 
 
+_SUNK = """
+    {turn}
+    l = aten(q, i, target='aten.matmul.default', args='x0, x1')
+    z = scale(l, by=S)
+    {hide}
+    e = reshape(r, pattern='a -> u=1 a u=1 u=1')
+    n = aten(e, b, target='aten.expand.default', args=X)
+    c = aten(a, n, target='aten.cat.default', args='[x0, x1], -1')
+    t, o = aten(c, target='aten.max.dim', args='x0, -1, True')
+    d = aten(c, t, target='aten.sub.Tensor', args='x0, x1')
+    h = aten(d, target='aten.softmax.int', args='x0, -1')
+    w = aten(h, target='aten.slice.Tensor', args='x0, 3, 0, -1')
+    y = aten(w, v, target='aten.matmul.default', args='x0, x1')
+"""
+
+
+def sunk_attention(graph: Graph) -> tuple[Rule, ...]:
+    """The same with one more logit per head, which takes its share of the softmax and adds nothing."""
+    made = list[Rule]()
+    for (key, (turn, back)), (mask, (hide, seen)) in product(_KEYS.items(), (_MASKS | _filled(graph)).items()):
+        if hide:
+            calls = [f"f = {BEHIND.format('q')}", *([back] if back else []), f"u = {BEHIND.format('v')}"]
+            calls.append(f"o = attention(f, {'g' if back else 'k'}, u, r, {seen}, scale=S)")
+            before = _SUNK.format(turn=turn, hide=hide.format("a", "z"))
+            made.append(Rule.of(f"attention-sinks-{key}-{mask}", before, "\n".join([*calls, FIRST]), _hides))
+    return tuple(made)
+
+
 def _eager(turn: str, back: str, scaled: str, cap: str, hide: str, seen: str, island: str) -> tuple[str, str]:
     lines, last = [turn, "l = aten(q, i, target='aten.matmul.default', args='x0, x1')"], "l"
     if scaled:
@@ -220,8 +269,12 @@ def _eager(turn: str, back: str, scaled: str, cap: str, hide: str, seen: str, is
         lines, last = [*lines, hide.format("a", last)], "a"
     if island == "island":
         lines, last = [*lines, f"h = widen({last})"], "h"
+    if island == "double":
+        lines, last = [*lines, f"h = cast({last}, dtype='f64')"], "h"
     lines, last = [*lines, f"w = aten({last}, target='aten.softmax.int', args='x0, -1')"], "w"
-    if island:
+    if island == "double":
+        lines, last = [*lines, f"c = aten({last}, target='aten.to.dtype', args=E)"], "c"
+    elif island:
         lines, last = [*lines, f"c = cast({last}, dtype=E)"], "c"
     before = "\n".join([*lines, f"y = aten({last}, v, target='aten.matmul.default', args='x0, x1')"])
     keys = "g" if back else "k"
@@ -243,10 +296,13 @@ SHARED = (
         "y = attention(q, k, v, causal=C, window=W, softcap=P)",
         _usual_scale,
     ),
-    Rule.of(
-        "shared-heads",
-        f"a = repeat_heads(k, r=R)\nb = repeat_heads(v, r=R)\ny = attention(q, a, b, {_OPTIONS})",
-        f"y = attention(q, k, v, {_OPTIONS})",
+    *(
+        Rule.of(
+            f"shared-heads{sinks.replace(', ', '-')}",
+            f"a = repeat_heads(k, r=R)\nb = repeat_heads(v, r=R)\ny = attention(q, a, b{sinks}, {_OPTIONS})",
+            f"y = attention(q, k, v{sinks}, {_OPTIONS})",
+        )
+        for sinks in ("", ", s")
     ),
     *(
         Rule.of(
@@ -262,8 +318,10 @@ SHARED = (
 def rules_of(graph: Graph, family: str) -> Sequence[Rule]:
     """A family's rules for this graph; those that leave its calls open are made once."""
     match family:
+        case "activation":
+            return (*ACTIVATIONS, *scales_behind(graph))
         case "attention":
-            return (*eager_attention(graph), *masked_attention(graph))
+            return (*eager_attention(graph), *sunk_attention(graph), *masked_attention(graph))
         case "heads":
             return (*SHARED, *partial_turns(graph))
         case "conv":
@@ -271,4 +329,4 @@ def rules_of(graph: Graph, family: str) -> Sequence[Rule]:
         case "experts":
             return routers(graph)
         case _:
-            return {"tidy": SINK, "norm": NORMS, "activation": ACTIVATIONS, "flat": FLAT, "rope": ROPE, "rows": FLAT}[family]
+            return {"tidy": SINK, "norm": NORMS, "flat": FLAT, "rope": ROPE, "rows": FLAT}[family]

@@ -13,6 +13,17 @@ TABLES = (
     f"u = aten(r, s, {MUL})\ny = add(m, u)"
 )
 FIRST, BEHIND = "x: f64[b, 3, s, 4], p: i64[b, s]", "x: f64[b, s, 3, 4], p: i64[b, s]"
+PAIRS = (
+    TABLES.replace("width=4", "width=4, layout='pairs'")
+    .replace("a, b = split(x,", "d = reshape(x, pattern='... (n r=2) -> ... (r n)')\na, b = split(d,")
+    .replace(
+        "r = concat(n, a)\nu = aten(r,",
+        "e = concat(n, a)\nf = reshape(e, pattern='... (r=2 n) -> ... n r')\n"
+        "r = reshape(f, pattern='a b c d e -> a b c (d e)')\nu = aten(r,",
+    )
+)
+STRETCHED = PAIRS.replace("width=4", "width=4, amplitude=1.5, divisors=(1.0, 7.0)")
+FILLED = "f = aten(l, m, target='aten.masked_fill.Scalar', args='x0, x1, -inf')\ny = scale(f, by={})"
 QKV = "q: f64[b, 2, s, 4], k: f64[b, 2, s, 4], v: f64[b, 2, s, 4], p: i64[b, s]"
 EAGER = """
 i = reshape(k, pattern='a b c d -> a b d c')
@@ -23,6 +34,19 @@ a = aten(z, m, target='aten.add.Tensor', args='x0, x1')
 w = aten({}, target='aten.softmax.int', args='x0, {}')
 y = aten(w, v, target='aten.matmul.default', args='x0, x1')
 """
+SUNK = (
+    EAGER.split("w = ")[0].format("-inf")
+    + """
+e = reshape(r, pattern='a -> u=1 a u=1 u=1')
+n = aten(e, q, target='aten.expand.default', args='x0, [x1[0], -1, x1[2], -1]')
+c = aten(a, n, target='aten.cat.default', args='[x0, x1], -1')
+t, o = aten(c, target='aten.{1}.dim', args='x0, -1, True')
+d = aten(c, t, target='aten.sub.Tensor', args='x0, x1')
+h = aten(d, target='aten.softmax.int', args='x0, -1')
+w = aten(h, target='aten.slice.Tensor', args='x0, 3, 0, {0}')
+y = aten(w, v, target='aten.matmul.default', args='x0, x1')
+"""
+)
 TORCH = """
 m = visible_table(p, shape='{}', dtype='bool', window=2)
 y = aten(q, k, v, m, target='aten.scaled_dot_product_attention.default', args='x0, x1, x2, x3, {}')
@@ -37,6 +61,10 @@ HALF = SQUARE.replace("e = shift(m, by=0.001)", "e = scale(m, by=0.5)")
 TWICE = SQUARE.replace("s = mul({}, x)", "s = add({}, x)")
 ROWS = "x: f64[b, s, 6]"
 VIEW = "aten(z, t, target='aten.view.default', args='x0, [x1[0], x1[1], 5]')"
+LESS_MEAN = (
+    "m = row_mean(x)\na = reshape(m, pattern='... -> ... u=1')\n"
+    "c = aten({}, a, target='aten.sub.Tensor', args='x0, x1')\ny = rms_norm(c, w)"
+)
 ONE_PLUS = "n = rms_norm(x)\nv = shift(w, by={})\ny = scale_columns(n, v)"
 
 CASES = [  # family, inputs, the op, what fires, what holds back
@@ -53,6 +81,7 @@ CASES = [  # family, inputs, the op, what fires, what holds back
      "c = aten(x, a, target='aten.sub.Tensor', args='x0, x1')\ny = rms_norm(c)",
      "m = row_sum(x)\na = reshape(m, pattern='... -> ... u=1')\n"
      "c = aten(x, a, target='aten.sub.Tensor', args='x0, x1')\ny = rms_norm(c)"),
+    ("norm", f"{ROWS}, w: f64[6]", "layer_norm", LESS_MEAN.format("x"), LESS_MEAN.format("w")),
     ("activation", ROWS, "silu", "s = sigmoid(x)\ny = mul(x, s)", "s = tanh(x)\ny = mul(x, s)"),
     ("activation", ROWS, "relu2", "s = relu(x)\ny = mul(s, s)", "s = relu(x)\ny = mul(s, x)"),
     ("activation", ROWS, "softcap", "s = scale(x, by=0.25)\nt = tanh(s)\ny = scale(t, by=4.0)",
@@ -66,8 +95,14 @@ CASES = [  # family, inputs, the op, what fires, what holds back
      TABLES.format("500.0", "-1.0", shape="1 1 t d")),
     ("rope", BEHIND, "rope(", TABLES.format("10000.0", "-1.0", shape="b t 1 d"),
      TABLES.format("10000.0", "1.0", shape="b t 1 d")),
+    ("rope", BEHIND, "interleaved=True", PAIRS.format("10000.0", "-1.0", shape="b t 1 d"),
+     PAIRS.format("10000.0", "-2.0", shape="b t 1 d")),
+    ("rope", FIRST, " rope(", STRETCHED.format("10000.0", "-1.0", shape="1 1 t d"),
+     STRETCHED.format("10000.0", "-1.0", shape="1 1 t d").replace("amplitude=1.5", "amplitude=1.0", 1)),
+    ("activation", "l: f64[b, 2, s, s], m: bool[s, s]", "scale(l,", FILLED.format("0.5"), FILLED.format("-0.5")),
     ("attention", QKV, "attention", EAGER.format("-inf", "a", "-1"), EAGER.format("-3.0", "a", "-1")),
     ("attention", QKV, "attention", EAGER.format("-1e+30", "a", "-1"), EAGER.format("-inf", "a", "-2")),
+    ("attention", f"{QKV}, r: f64[2]", "attention(f, g, u, r", SUNK.format("-1", "max"), SUNK.format("-1", "min")),
     ("attention", QKV, "= attention(", TORCH.format("1 1 t t", "scale=0.25"), TORCH.format("1 1 t t", "dropout_p=0.0")),
     ("heads", "q: f64[b, s, 4, 6], k: f64[b, s, 2, 6], v: f64[b, s, 2, 6]", "attention(q, k, v)",
      "a = repeat_heads(k, r=2)\nb = repeat_heads(v, r=2)\ny = attention(q, a, b)",
@@ -108,6 +143,9 @@ def numbers(of: Graph) -> list[torch.Tensor]:
     for v in of.inputs:
         shape = [env.get(str(n), n) for n in v.type.shape]
         integers = torch.arange(5).expand(2, 5).contiguous()
+        if v.type.dtype == "bool":
+            made.append(torch.ones(shape, dtype=torch.bool).triu(1))
+            continue
         made.append(integers if v.type.dtype == "i64" else torch.randn(shape, generator=rng, dtype=torch.float64))
     return made
 

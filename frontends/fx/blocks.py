@@ -82,6 +82,34 @@ def heads_first(t: Tracing, q: Value, k: Value, v: Value, **attrs: Any) -> Value
     return t.emit("reshape", t.emit("attention", *turned, **attrs), pattern="b t h d -> b h t d")
 
 
+@handles("copy.default")
+def _copy(t: Tracing, node: Call) -> Made:
+    """What is copied over a tensor, in its shape and dtype."""
+    made = t.as_dtype(t.value(node.args[1]), dtype_of(node))
+    if made is None or t.shape(node.args[1]) == t.shape(node):
+        return made
+    return t.emit("aten", made, t.value(node.args[0]), target="aten.expand_as.default", args="x0, x1")
+
+
+@handles("slice_scatter.default")
+def _written(t: Tracing, node: Call) -> Made:
+    """Columns written into an empty tensor one section after the other, up to its last: the sections side by side."""
+    width, parts, at = t.shape(node)[-1], list[Any](), t.shape(node)[-1]
+    while isinstance(node.args, tuple) and str(node.target) == "aten.slice_scatter.default" and at:
+        dim, start, end = argument(node, 2, "dim", 0) % rank(node), argument(node, 3, "start") or 0, argument(node, 4, "end")
+        last = end if isinstance(end, int) and isinstance(width, int) and end < width else width
+        if dim != rank(node) - 1 or last != at or not isinstance(start, int) or argument(node, 5, "step", 1) != 1 or start < 0:
+            return None
+        parts, at, node = [node.args[1], *parts], start, node.args[0]
+    values = [t.value(x) for x in parts]
+    if at or any(not v.type.is_float for v in values):
+        return None
+    made = values[0]
+    for value in values[1:]:
+        made = t.emit("concat", made, value)
+    return made
+
+
 @handles("log_softmax.int", "softmax.int")
 def _softmax(t: Tracing, node: Call) -> Made:
     """The last dim by one name, so that rules need one."""

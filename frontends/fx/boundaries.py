@@ -38,6 +38,31 @@ def _(
     return torch.empty_like(v), final if v.dtype == torch.float64 else final.float()
 
 
+@torch.library.custom_op("plait_fx::kimi_delta_attention", mutates_args=())
+def _kimi_delta_attention(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor | None, scale: float, normalize: bool
+) -> tuple[Tensor, Tensor]:
+    raise PlaitError(TRACED)
+
+
+@_kimi_delta_attention.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor | None, scale: float, normalize: bool
+) -> tuple[Tensor, Tensor]:
+    final = v.new_empty(v.shape[0], v.shape[2], k.shape[3], v.shape[3])
+    return torch.empty_like(v), final if v.dtype == torch.float64 else final.float()
+
+
+@torch.library.custom_op("plait_fx::rg_lru", mutates_args=())
+def _rg_lru(x: Tensor, decay: Tensor, p: Tensor) -> Tensor:
+    raise PlaitError(TRACED)
+
+
+@_rg_lru.register_fake
+def _(x: Tensor, decay: Tensor, p: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
 @torch.library.custom_op("plait_fx::ssd", mutates_args=())
 def _ssd(
     x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor | None, bias: Tensor | None, softplus: bool, low: float,
@@ -90,7 +115,7 @@ class Known:
 
 
 def _delta(given: Mapping[str, Any]) -> Any:
-    """(o, final state or None) of the chunked or token-by-token gated delta rule, [b t h d]."""
+    """(o, final state or None) of the chunked or token-by-token delta rule, [b t h d], with a decay per head or channel."""
     q, k, v = (_one_of(given, *names) for names in (("query", "q"), ("key", "k"), ("value", "v")))
     g, beta = _one_of(given, "g", "decay"), _one_of(given, "beta")
     if any(x is None for x in (q, k, v, g, beta)) or _one_of(given, "cu_seqlens") is not None:
@@ -98,7 +123,8 @@ def _delta(given: Mapping[str, Any]) -> Any:
     scale = _one_of(given, "scale")
     normalize = bool(_one_of(given, "use_qk_l2norm_in_kernel"))
     scale = k.shape[-1] ** -0.5 if scale is None else float(scale)
-    o, final = _gated_delta_rule(q, k, v, g, beta, _one_of(given, "initial_state"), scale, normalize)
+    rule = _kimi_delta_attention if g.dim() == 4 else _gated_delta_rule
+    o, final = rule(q, k, v, g, beta, _one_of(given, "initial_state"), scale, normalize)
     return o, final if _one_of(given, "output_final_state") else None
 
 
@@ -138,6 +164,11 @@ KNOWN = (
         ),
         _delta,
     ),
+    Known(
+        "kimi_delta_attention",
+        ("chunk_kimi_delta_attention", "recurrent_kimi_delta_attention", "chunk_kda", "fused_recurrent_kda", "fused_kda"),
+        _delta,
+    ),
     Known("ssd", ("mamba2_chunk_scan", "mamba_chunk_scan_combined"), _scan),
     Known("selective_scan", ("mamba_selective_scan", "selective_scan_fn", "selective_scan_ref"), _selected),
 )  # fmt: skip
@@ -156,6 +187,8 @@ def boundaries(module: torch.nn.Module, *, wanted: bool = True) -> Generator[lis
                     stack.enter_context(patch.object(holder, name, made))
             if wanted and (act := _expert_act(part)):
                 stack.enter_context(patch.object(part, "forward", _opaque_experts(part, act, met, path)))
+            if wanted and _is_rg_lru(part):
+                stack.enter_context(patch.object(part, "forward", _opaque_rg_lru(part, met, path)))
         yield met
 
 
@@ -224,6 +257,31 @@ def _opaque_experts(part: Any, act: str, met: list[tuple[str, str]], path: str) 
     def forward(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         met.append((path, "experts"))
         return _experts(hidden_states, top_k_index, top_k_weights, part.gate_up_proj, part.down_proj, act)
+
+    return forward
+
+
+# -- the gated unit of Griffin ------------------------------------------------------------------
+
+
+def _is_rg_lru(part: torch.nn.Module) -> bool:
+    """Whether a module is the unit, called with [b t c] and positions, its gates having a matrix for each head."""
+    names = [n for n, _ in part.named_parameters(recurse=False)]
+    wanted = {"recurrent_param", *(f"{gate}_gate_{x}" for gate in ("input", "recurrent") for x in ("weight", "bias"))}
+    return set(names) == wanted and [*inspect.signature(part.forward).parameters] == ["activations", "position_ids"]
+
+
+def _opaque_rg_lru(part: Any, met: list[tuple[str, str]], path: str) -> Call:
+    def gate(x: Tensor, name: str) -> Tensor:
+        heads = x.unflatten(-1, part.input_gate_bias.shape)
+        weight, bias = (getattr(part, f"{name}_gate_{of}") for of in ("weight", "bias"))
+        return torch.sigmoid((torch.einsum("bthi,hio->btho", heads, weight) + bias).flatten(2))
+
+    def forward(activations: Tensor, position_ids: Tensor) -> Tensor:
+        met.append((path, "rg_lru"))
+        decay = -8.0 * gate(activations, "recurrent") * F.softplus(part.recurrent_param)
+        places = position_ids.expand(activations.shape[:2])
+        return _rg_lru(activations * gate(activations, "input"), decay, places)
 
     return forward
 

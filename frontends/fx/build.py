@@ -17,6 +17,7 @@ from ...ir.sizes import Size
 from .export import Exported, TraceError
 from .handlers import HANDLERS, argument
 from .known import Known
+from .pairs import COMPLEX, is_complex, pair, touches_complex
 from .recognize import Table, recognized
 from .views import Symbols
 
@@ -111,6 +112,8 @@ class Tracing:
         held = signature.inputs_to_parameters | signature.inputs_to_buffers | signature.inputs_to_lifted_tensor_constants
         nodes = [n for n in self.exported.program.graph.nodes if n.op == "placeholder"]
         self.inputs = [n for n in nodes if n.name not in held and isinstance(n.meta.get("val"), Tensor)]
+        if odd := [name for n, name in zip(self.inputs, self.exported.names, strict=True) if is_complex(n)]:
+            raise TraceError(f"{odd[0]} holds complex numbers; give torch.view_as_real of it, and view_as_complex it inside")
         fresh = _Fresh()
         for node, name in zip(self.inputs, self.exported.names, strict=True):
             self.env[node] = self.builder.input(fresh(_plain(name)), self._type(node))
@@ -160,14 +163,29 @@ class Tracing:
         self.places = None if self.places in gone else self.places
 
     def _table(self, table: Table) -> Value:
+        if table.op == "turns":
+            law = {k: v for k, v in table.attrs.items() if k not in ("columns",)}
+            return pair(
+                self, *(self.emit("rope_table", self.positions(), part=x, layout="once", **law) for x in ("cos", "sin"))
+            )
         if table.op != "positions":
             return self.emit(table.op, self.positions(), **table.attrs)
         p = self.positions()
         return p if table.attrs["shape"] == "b t" else self.emit("aten", p, target="aten.narrow.default", args="x0, 0, 0, 1")
 
     def _handled(self, node: fx.Node) -> Value | tuple[Value, ...] | None:
+        if touches_complex(node):
+            return self._paired(node)
         rule = HANDLERS.get(_target(node)) or HANDLERS.get(_target(node).split(".")[0])
         return rule(self, node) if rule is not None else None
+
+    def _paired(self, node: fx.Node) -> Value | tuple[Value, ...]:
+        """A call that makes or reads complex numbers, in real ones."""
+        rule = COMPLEX.get(_target(node))
+        made = rule(self, node) if rule is not None else None
+        if made is None or not self._fits(node, made):
+            raise TraceError(f"{node.target} of complex numbers has no form in real ones here{_line(node)}")
+        return made
 
     def _fits(self, node: fx.Node, made: Value | tuple[Value, ...]) -> bool:
         wanted = node.meta["val"]
@@ -206,8 +224,8 @@ class Tracing:
             if leaf is None:
                 places.append(None)
                 continue
-            if not isinstance(leaf, fx.Node) or not isinstance(leaf.meta.get("val"), Tensor):
-                raise TraceError(f"the module returns {leaf}; it must return tensors, or trees of tensors")
+            if not isinstance(leaf, fx.Node) or not isinstance(leaf.meta.get("val"), Tensor) or is_complex(leaf):
+                raise TraceError(f"the module returns {leaf}; it must return real tensors, or trees of them")
             places.append(len(results))
             results.append(self.value(leaf))
         given = self.exported.leaves

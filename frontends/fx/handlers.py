@@ -44,6 +44,13 @@ def is_number(x: Any) -> bool:
     return isinstance(x, int | float) and not isinstance(x, bool)
 
 
+def constant(t: Tracing, x: Any) -> Any:
+    """What a known tensor without dims is, or the argument itself."""
+    if is_tensor(x) and x in t.known.nodes and x.meta["val"].dim() == 0 and x.meta["val"].is_floating_point():
+        return float(t.known.value(x, t.known.probes[0]))
+    return x
+
+
 def dtype_of(node: Call) -> str:
     return NAMES.get(node.meta["val"].dtype, "")
 
@@ -112,7 +119,10 @@ def _clamp(t: Tracing, node: Call) -> Made:
 
 @handles("to", "_to_copy.default", "type_as.default", "float.default", "_autocast_to_full_precision.default")
 def _to(t: Tracing, node: Call) -> Made:
-    return t.as_dtype(t.value(node.args[0]), dtype_of(node))
+    x, dtype = t.value(node.args[0]), dtype_of(node)
+    if x.type.dtype == "f64" and dtype in ("f32", "bf16", "f16"):
+        return t.emit("aten", x, target="aten.to.dtype", args=f"x0, {dtype}")
+    return t.as_dtype(x, dtype)
 
 
 @handles("dropout.default", "feature_dropout.default", "alpha_dropout.default", "native_dropout.default")
@@ -134,7 +144,7 @@ def _arithmetic(t: Tracing, node: Call) -> Made:
     kind = str(node.target).split(".")[1]
     if argument(node, 2, "alpha", 1) != 1 or not _float(node):
         return None
-    a, b = node.args[0], node.args[1]
+    a, b = (constant(t, x) for x in node.args[:2]) if node not in t.known.nodes else node.args[:2]
     if is_tensor(a) and is_tensor(b):
         return _two(t, node, kind, a, b)
     if is_number(a) and is_tensor(b) and kind in ("add", "mul"):
@@ -244,7 +254,7 @@ def _view(t: Tracing, node: Call) -> Made:
     return t.view(t.value(node.args[0]), viewed(t.shape(node.args[0]), t.shape(node)))
 
 
-@handles("transpose.int", "swapaxes.default", "permute.default", "t.default", "numpy_T.default", "movedim.int")
+@handles("transpose.int", "swapaxes.default", "permute.default", "t.default", "numpy_T.default", "movedim.int", "mT.default")
 def _permute(t: Tracing, node: Call) -> Made:
     x, n = t.value(node.args[0]), rank(node.args[0])
     order = list(range(n))
@@ -255,6 +265,8 @@ def _permute(t: Tracing, node: Call) -> Made:
         order = order[::-1]
     elif kind == "movedim":
         return None
+    elif kind == "mT":
+        order[-2:] = [n - 1, n - 2]
     else:
         i, j = (int(d) % n for d in node.args[1:3])
         order[i], order[j] = order[j], order[i]
@@ -269,9 +281,19 @@ def _expand(t: Tracing, node: Call) -> Made:
     if was == now:
         return x
     apart = [i for i, (m, n) in enumerate(zip(was, now, strict=False)) if m != n]
+    if len(was) == len(now) == 4 and apart in ([1], [2]) and x.type.is_float and isinstance(now[apart[0]], int):
+        return _one_head_again(t, x, apart[0], int(now[apart[0]]))
     if len(was) != len(now) or len(was) != 5 or apart not in ([2], [3]) or not isinstance(now[apart[0]], int):
         return None
     return _heads_again(t, x, apart[0], int(now[apart[0]])) if x.type.is_float else None
+
+
+def _one_head_again(t: Tracing, x: Value, at: int, r: int) -> Value:
+    """[b 1 s d], or [b s 1 d], for r heads."""
+    if at == 2:
+        return t.emit("repeat_heads", x, r=r)
+    turned = t.emit("repeat_heads", t.emit("reshape", x, pattern="b g s d -> b s g d"), r=r)
+    return t.emit("reshape", turned, pattern="b s g d -> b g s d")
 
 
 def _heads_again(t: Tracing, x: Value, at: int, r: int) -> Value | None:
@@ -329,6 +351,9 @@ def _slice(t: Tracing, node: Call) -> Made:
     width, wanted = t.shape(node.args[0])[-1], t.shape(node)[-1]
     if not isinstance(width, int) or not isinstance(wanted, int) or not isinstance(start, int):
         return None
+    if dim == n - 1 and step == 2 and start in (0, 1) and width == 2 * wanted and _float(node):
+        apart = t.emit("reshape", x, pattern="... (n r=2) -> ... (r n)")
+        return t.all("split", apart, sizes=(wanted, wanted))[start]
     if dim != n - 1 or step != 1 or not _float(node) or not wanted or start < -width:
         return None
     at = start % width if start < 0 else start

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -84,6 +85,15 @@ class Known:
         """The largest number below torch's own end of everything that the value is made with."""
         numbers = [a for n in self.above(node) for a in _leaves((n.args, n.kwargs)) if isinstance(a, int)]
         return max((abs(n) for n in numbers if abs(n) < 2**31), default=0)
+
+    def factors(self, node: fx.Node) -> list[float]:
+        """1, and what a table may be multiplied by: the numbers that it is made with."""
+        numbers = [a for n in self.above(node) for a in _leaves((n.args, n.kwargs)) if isinstance(a, float)]
+        return list(dict.fromkeys([1.0, *(a for a in numbers if 0 < a < math.inf)]))
+
+    def lifted(self, node: fx.Node) -> bool:
+        """Whether it is made of numbers that the module holds."""
+        return any(n.op == "placeholder" for n in self.above(node))
 
     def value(self, node: fx.Node, at: Mapping[str, int]) -> Tensor:
         """What it is at these sizes."""

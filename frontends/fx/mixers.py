@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ...ir import Value
-from .handlers import Call, Made, handles
+from .handlers import Call, Made, handles, rank
 
 if TYPE_CHECKING:
     from .build import Tracing
 
 
-@handles("plait_fx.gated_delta_rule.default")
+@handles("plait_fx.gated_delta_rule.default", "plait_fx.kimi_delta_attention.default")
 def _delta(t: Tracing, node: Call) -> Made:
     """Queries and keys are of length 1 first, where the function makes them so."""
     q, k, v, decay, beta, state, scale, normalize = (*node.args, *[None] * (8 - len(node.args)))
@@ -19,7 +19,13 @@ def _delta(t: Tracing, node: Call) -> Made:
     if normalize:
         values[:2] = [t.emit("l2_norm", x, eps=1e-6) for x in values[:2]]
     start = None if state is None else t.value(state)
-    return t.all("gated_delta_rule", *values, start, scale=scale)
+    return t.all(str(node.target).split(".")[1], *values, start, scale=scale)
+
+
+@handles("plait_fx.rg_lru.default")
+def _rg_lru(t: Tracing, node: Call) -> Made:
+    """Positions in front of every row begin a sequence."""
+    return t.all("rg_lru", *(t.value(x) for x in node.args[:3]))[0]
 
 
 @handles("plait_fx.ssd.default")
@@ -78,3 +84,15 @@ def _experts(t: Tracing, node: Call) -> Made:
     opened = t.emit("gelu", gate, approximate="tanh") if act == "gelu_tanh" else t.emit(act, gate)
     made = t.emit("grouped_linear", t.emit("mul", opened, up), down, counts)
     return t.emit("combine", made, order, weights)
+
+
+@handles("transformers.grouped_mm_fallback.default", "_grouped_mm.default")
+def _grouped(t: Tracing, node: Call) -> Made:
+    """Rows that stand together by expert; where each expert's end is what is told."""
+    if rank(node.args[0]) != 2 or rank(node.args[1]) != 3 or len(node.args) < 3:
+        return None
+    x, w, ends = (t.value(a) for a in node.args[:3])
+    zero = t.emit("aten", ends, target="aten.new_zeros.default", args="x0, [1]")
+    counts = t.emit("aten", ends, zero, target="aten.diff.default", args="x0, prepend=x1")
+    counts = t.emit("aten", counts, target="aten.to.dtype", args="x0, i64")
+    return t.emit("grouped_linear", x, t.emit("reshape", w, pattern="e i o -> e o i"), counts)

@@ -14,7 +14,7 @@ from ...ir import OPS, PlaitError
 from ...ir.ops import frequencies
 from ...ir.ops.aten import NAMES
 from .known import LARGEST, Known
-from .views import bound
+from .views import PAIRS, bound
 
 Tensor = torch.Tensor
 LOW, HIGH = 1.0, 4.0  # of Llama 3's stretch; its factor the slowest frequency says, its length is a power of two
@@ -42,7 +42,7 @@ def recognized(known: Known, batch: Any, length: Any) -> dict[fx.Node, Table]:
 def _recognized(known: Known, node: fx.Node, batch: Any, length: Any) -> Table | None:
     value: Tensor = node.meta["val"]
     words = _words(value, batch, length)
-    if words is None or known.largest(node) > LARGEST or value.dtype not in NAMES:
+    if words is None or known.largest(node) > LARGEST or value.dtype not in (*NAMES, *PAIRS):
         return None
     try:
         for table in _candidates(known, node, words, length):
@@ -83,6 +83,9 @@ def _candidates(known: Known, node: fx.Node, words: list[str], length: Any) -> I
     shape = " ".join(words)
     if value.dtype == torch.int64 and words in (["b", "t"], ["1", "t"]):
         yield Table("positions", {"shape": shape})
+    elif words[-1] == "d" and words.count("t") == 1 and value.is_complex():
+        for law in _laws(known, node, 2 * int(value.shape[-1])):
+            yield Table("turns", {"width": 2 * int(value.shape[-1]), "shape": shape, "dtype": PAIRS[value.dtype], **law})
     elif words[-1] == "d" and words.count("t") == 1 and value.dtype.is_floating_point:
         yield from _rotary(known, node, shape)
     elif words[-2:] == ["t", "t"] and (value.dtype == torch.bool or value.dtype.is_floating_point):
@@ -123,7 +126,7 @@ def _rotary(known: Known, node: fx.Node, shape: str) -> Iterator[Table]:
 
 
 def _laws(known: Known, node: fx.Node, width: int) -> Iterator[dict[str, Any]]:
-    """Laws that some value above it follows: as many frequencies as there are pairs, the first of them 1."""
+    """Laws that some value above it follows: as many frequencies as there are pairs; and what the table is multiplied by."""
     seen = set[tuple[float, ...]]()
     at = known.probes[0]
     for n in known.above(node):
@@ -131,11 +134,27 @@ def _laws(known: Known, node: fx.Node, width: int) -> Iterator[dict[str, Any]]:
         if math.prod(bound(x, at) for x in shape) != width // 2 or not shape:
             continue
         values = known.value(n, at).flatten()
-        key = tuple(values.tolist())
-        if not values.is_floating_point() or values[0] != 1 or not bool((values > 0).all()) or key in seen:
+        if not values.is_floating_point() or not bool((values > 0).all()) or (key := tuple(values.tolist())) in seen:
             continue
         seen.add(key)
-        yield from _fits(values, width)
+        for law in _fits(values, width):
+            yield from ({**law, "amplitude": by} for by in known.factors(node))
+    yield from _read_off(known, node, width)
+
+
+def _read_off(known: Known, node: fx.Node, width: int) -> Iterator[dict[str, Any]]:
+    """Laws of a table that was made before the trace: its second row says the base, rounded to a few digits."""
+    if width < 4 or not known.lifted(node):
+        return
+    value = known.value(node, known.probes[-1])
+    rows = value.reshape(-1, value.shape[-1])
+    row = rows[1 if len(rows) > 1 else 0][: max(2, width // 2)]
+    angles = [row.angle()] if value.is_complex() else [row.double().clamp(-1, 1).asin(), row.double().clamp(-1, 1).acos()]
+    for angle in angles:
+        for second in angle[1:3].tolist():  # in pairs the second column is the first frequency again
+            raw = second ** (-width / 2) if 0 < second < 1 else 0.0
+            for theta in dict.fromkeys(float(f"{raw:.{digits}g}") for digits in range(1, 6)):
+                yield from ({"theta": theta, "rounded": rounded} for rounded in (True, False) if theta)
 
 
 def _fits(values: Tensor, width: int) -> Iterator[dict[str, Any]]:
@@ -146,9 +165,11 @@ def _fits(values: Tensor, width: int) -> Iterator[dict[str, Any]]:
     for length in (0.0, *LENGTHS):
         for digits in range(1, 17) if not length else (1, 2, 3, 4):
             theta = float(f"{raw:.{digits}g}")
-            if (law := _law(values, width, theta, length)) is not None:
+            if values[0] == 1 and (law := _law(values, width, theta, length)) is not None:
                 yield law
                 break
+    # Any frequencies are those of base 1, each divided by a number of its own.
+    yield {"theta": 1.0, "divisors": tuple(1 / f for f in values.double().tolist())}
 
 
 def _law(values: Tensor, width: int, theta: float, length: float) -> dict[str, Any] | None:
@@ -167,13 +188,20 @@ def _same(known: Known, node: fx.Node, table: Table, at: Mapping[str, int], batc
     p = torch.arange(t).expand(b, t)
     if table.op == "positions":
         return torch.equal(value.expand(b, t), p)
-    made = OPS[table.op].reference(p, **{**_defaults(table.op), **table.attrs})
+    attrs = {**_defaults("rope_table" if table.op == "turns" else table.op), **table.attrs}
+    if table.op == "turns":
+        made = [OPS["rope_table"].reference(p, **{**attrs, "part": x, "layout": "once"}) for x in ("cos", "sin")]
+        return _close(known, node, torch.stack(made, -1), torch.view_as_real(value))
+    made = OPS[table.op].reference(p, **attrs)
+    return torch.equal(made, value) if table.op == "visible_table" else _close(known, node, made, value)
+
+
+def _close(known: Known, node: fx.Node, made: Tensor, value: Tensor) -> bool:
+    """Angles of float32 are right to its rounding, which grows with them."""
     if made.shape != value.shape or made.dtype != value.dtype:
         return False
-    if table.op == "visible_table":
-        return torch.equal(made, value)
-    rough = any(x.dtype in (torch.float32, torch.bfloat16, torch.float16) for x in _tensors(known, node))
-    within = max(4 * torch.finfo(value.dtype).eps, 3e-7 * max(t, 4)) if rough else 1e-12
+    rough = any(x.dtype in (torch.float32, torch.bfloat16, torch.float16, torch.complex64) for x in _tensors(known, node))
+    within = max(4 * torch.finfo(value.dtype).eps, 3e-7 * max(*value.shape, 4)) if rough else 1e-12
     return torch.allclose(made.double(), value.double(), rtol=0, atol=within)
 
 

@@ -12,6 +12,8 @@ from ...ir import Dim, TensorType, TypeMismatch
 from ...ir.ops.aten import NAMES
 from ...ir.sizes import Size, canonical
 
+PAIRS = {torch.complex64: "f32", torch.complex128: "f64"}
+
 
 @dataclass
 class Symbols:
@@ -41,7 +43,9 @@ class Symbols:
         return canonical(text)
 
     def type(self, x: torch.Tensor, where: str = "") -> TensorType:
-        """The type of a traced tensor."""
+        """The type of a traced tensor; complex numbers are pairs of real ones."""
+        if x.dtype in PAIRS:
+            return TensorType(PAIRS[x.dtype], (*(Dim(self.size(n)) for n in x.shape), Dim(2)))
         if x.dtype not in NAMES:
             raise TypeMismatch(f"{where or 'a value'} is {x.dtype}, must be one of {', '.join(map(str, NAMES))}")
         return TensorType(NAMES[x.dtype], tuple(Dim(self.size(n)) for n in x.shape))

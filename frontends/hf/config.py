@@ -139,7 +139,10 @@ class Config:
         """Refuse everything that nobody has read and that may change what the model computes."""
         family = self.fields.get("model_type")
         left = [n for n, v in self.fields.items() if v is not None and n not in self.used and n not in HARMLESS]
-        unread = [f"{n}: is {shown(self.fields[n])}, which is not honoured for {family}" for n in left]
+        unread = [
+            f"{n}: is {shown(self.fields[n])}, which is not honoured for {family}; take it out if it changes nothing"
+            for n in left
+        ]
         refuse([*self.problems, *unread], "config.json")
         if self.notes:
             warnings.warn(f"config.json: {'; '.join(self.notes)}", stacklevel=2)

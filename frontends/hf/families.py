@@ -51,4 +51,8 @@ def read_plan(config: Mapping[str, Any]) -> Plan:
     family = config.get("model_type")
     if not isinstance(family, str) or family not in FAMILIES:
         raise SpecError(f"config.json: model_type: is {shown(family)}; {suggest(family, FAMILIES)}")
-    return FAMILIES[family](Config(config))
+    try:
+        return FAMILIES[family](Config(config))
+    except SpecError as error:
+        said = str(error)
+        raise SpecError(said if said.startswith("config.json") else f"config.json, read as a spec: {said}") from None

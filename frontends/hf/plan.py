@@ -92,5 +92,6 @@ def map_of(plan: Plan, names: Iterable[str] = ()) -> tuple[Rule, ...]:
 
 def sizes_of(record: Any) -> Mapping[str, int]:
     """The sizes of a spec or a kind, by name: its fields and what follows from them."""
-    names = [*type(record).model_fields, *(n for n, p in vars(type(record)).items() if isinstance(p, property))]
+    named = (n for of in type(record).__mro__ for n, p in vars(of).items() if isinstance(p, property) and n[0] != "_")
+    names = [*type(record).model_fields, *named]
     return {n: getattr(record, n) for n in names if type(getattr(record, n)) is int}

@@ -26,6 +26,8 @@ def rope_table(
     dtype: str,
     theta: float = 10000.0,
     scaling: tuple[float, ...] = (),
+    divisors: tuple[float, ...] = (),
+    amplitude: float = 1.0,
     rounded: bool = False,
     layout: Literal["halves", "pairs", "once"] = "halves",
 ) -> Tensor:
@@ -35,8 +37,8 @@ def rope_table(
     of the first row.
     """
     like = torch.empty((), dtype=torch.float64 if dtype == "f64" else torch.float32, device=p.device)
-    angle = wide(p.to(like.dtype))[..., None] * frequencies(width, theta, scaling, like, rounded)
-    y = (angle.cos() if part == "cos" else angle.sin()).to(DTYPES[dtype])
+    angle = wide(p.to(like.dtype))[..., None] * frequencies(width, theta, scaling, like, rounded, divisors)
+    y = ((angle.cos() if part == "cos" else angle.sin()) * amplitude).to(DTYPES[dtype])
     if layout != "once":
         y = torch.cat([y, y], -1) if layout == "halves" else y.repeat_interleave(2, -1)
     return _shaped(y, shape)
