@@ -169,7 +169,24 @@ def tables(made: Kernels, targets: Sequence[str], tokens: int) -> list[Table]:
     troubles = [(r.use.name, "any", r.declined) for r in made.rows if r.declined]
     troubles += [(r.use.name, t, str(u).replace("\n", " ")) for r in made.rows for t, u in r.used.items() if failed(u)]
     told = [Table(("kernel", "target", "why there is none"), troubles, "declined")] if troubles else []
-    return [costs, *(t for t in codes if t.rows), *told]
+    steps = [(layer, str(n), ", ".join(of)) for layer, (n, of) in step_launches(made.rows).items()]
+    one = (
+        [Table(("layer", "launches", "kernels"), steps, f"{made.name}: a decode step of a layer, beside its products")]
+        if steps
+        else []
+    )
+    return [costs, *(t for t in codes if t.rows), *one, *told]
+
+
+def step_launches(rows: Sequence[Row]) -> dict[str, tuple[int, list[str]]]:
+    """How many kernels of ours one token starts in a layer whose mixer has a step of its own, and which."""
+    found = dict[str, tuple[int, list[str]]]()
+    there = [r for r in rows if r.use.half == "step" or (r.use.node is None and r.use.direction == "forward")]
+    for layer in dict.fromkeys(n for r in there if r.use.half for n in r.use.calls):
+        mine = [r for r in there if layer in r.use.calls]
+        times = min(r.use.calls[layer] for r in mine)
+        found[layer] = sum(r.launches * r.use.calls[layer] // times for r in mine), [r.use.name for r in mine]
+    return found
 
 
 def called_by(row: Row) -> str:
@@ -208,7 +225,8 @@ def _code(row: Row, target: str) -> tuple[str, ...]:
 
 def facts(made: Kernels) -> dict[str, Any]:
     """The kernels for scripts."""
-    return {"name": made.name, "kernels": [_row_facts(r) for r in made.rows]}
+    steps = {layer: n for layer, (n, _) in step_launches(made.rows).items()}
+    return {"name": made.name, "step_launches": steps, "kernels": [_row_facts(r) for r in made.rows]}
 
 
 def _row_facts(row: Row) -> dict[str, Any]:

@@ -147,11 +147,29 @@ def _flow_regions(graph: Graph, fusion: FlowFusion) -> Iterator[Region | Miss]:
         elif not convex(graph, nodes):
             why = "not convex: a value leaves it and comes back"
         elif nodes:
+            nodes = _with_beside(graph, fusion, root, nodes, taken)
             taken |= nodes
             yield region(graph, nodes, fusion.kernel or fusion.name.replace("-", "_"))
             continue
         if nodes or why:
             yield Miss(root.loc, why)
+
+
+def _with_beside(graph: Graph, fusion: FlowFusion, root: Node, nodes: set[Node], taken: set[Node]) -> set[Node]:
+    """The nodes, and those of the flow beside them unless that would leave them without a kernel of rows.
+
+    Rows that segments part are no such kernel's; a step has none, and one launch less.
+    """
+    if fusion.beside is None or any(_parted(n) for n in nodes):
+        return nodes
+    more = nodes | _flow(graph, fusion.beside, root, taken)[0]
+    return more if convex(graph, more) else nodes
+
+
+def _parted(node: Node) -> bool:
+    """Whether it reads where segments begin."""
+    op = node.op
+    return isinstance(op, OpDef) and any(o.name == "cu" and v is not None for o, v in zip(op.inputs, node.inputs, strict=True))
 
 
 def _flow(graph: Graph, fusion: FlowFusion, root: Node, taken: set[Node]) -> tuple[set[Node], str]:

@@ -35,6 +35,7 @@ class FlowFusion:
     through: tuple[str, ...]
     stops: tuple[str, ...] = ()  # these join, and what is before them does not
     kernel: str = ""  # the kernel's name where it is not the fusion's
+    beside: FlowFusion | None = None  # what flows into other operands of the op, by the same launch where rows are whole
 
 
 Fusion = TextFusion | FlowFusion
@@ -114,15 +115,6 @@ QKV_PREP = FlowFusion(
     through=("split", "reshape", *CLASSES["norm"], "rope", "cast", "widen", "scale", "silu", "relu", "add_bias"),
 )
 
-PREAMBLE = FlowFusion(
-    "recurrence-preamble",
-    kernel="preamble",
-    into=RECURRENCES,
-    operands=("q", "k", "v"),
-    through=(*QKV_PREP.through, "causal_conv1d"),
-    stops=("causal_conv1d",),
-)
-
 GATES = FlowFusion(
     "recurrence-preamble",
     kernel="gates",
@@ -133,6 +125,16 @@ GATES = FlowFusion(
         "sigmoid", "softcap", "reshape", "add", "mul",
     ),
 )  # fmt: skip
+
+PREAMBLE = FlowFusion(
+    "recurrence-preamble",
+    kernel="preamble",
+    into=RECURRENCES,
+    operands=("q", "k", "v"),
+    through=(*QKV_PREP.through, "causal_conv1d"),
+    stops=("causal_conv1d",),
+    beside=GATES,
+)
 
 # Order decides who gets a node that two could have: a mixer's end before the plain gate, the gate before the plain norm.
 FUSIONS: tuple[Fusion, ...] = (NORM_GATE, OUTPUT_GATE, SKIP, GLU, PREAMBLE, GATES, QKV_PREP, RESIDUAL_NORM)

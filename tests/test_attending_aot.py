@@ -15,9 +15,10 @@ FULL = "attention(q, k, v, sinks, cu, window=128, softcap=30.0)"
 PLAIN = "attention(q, k, v, at=at)"
 
 
-def attention(text: str, d: int, e: int, *, b: str = "b", heads: int = 8) -> Node:
+def attention(text: str, d: int, e: int, *, b: str = "b", heads: int = 8, dtype: str = "bf16") -> Node:
     """A node with every operand that an attention may have at hand."""
-    inputs = f"q: bf16[{b}, s, {heads}, {d}], k: bf16[{b}, s, 2, {d}], v: bf16[{b}, s, 2, {e}], sinks: bf16[{heads}], "
+    q, k, v = (f"{dtype}[{b}, s, {n}, {width}]" for n, width in ((heads, d), (2, d), (2, e)))
+    inputs = f"q: {q}, k: {k}, v: {v}, sinks: {dtype}[{heads}], "
     return parse(f"def f({inputs}cu: i64[n+1], at: i64[()]):\n    o = {text}\n    return o").nodes[0]
 
 
@@ -52,6 +53,15 @@ def test_the_gates_of_every_kernel(target: str) -> None:
 @pytest.mark.parametrize(("text", "d", "e"), [(PLAIN, 64, 64), (PLAIN, 192, 256)])
 def test_the_gates_of_other_heads(text: str, d: int, e: int) -> None:
     assert len(gates(attention(text, d, e), "sm_90")) == 6
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_float32_spills_nothing(target: str) -> None:
+    found = compiled(launches(attention(FULL, 64, 64, dtype="f32"), target))
+    assert set(found) == {"attend", "queries", "keys", "values"}
+    for function, (used, shared) in found.items():
+        assert used.spills == used.stack == 0 and shared <= TARGETS[target].shared, f"{function}: {used}"
+        assert [*used.tensor_core] == [CORES[target]], f"{function}: {used.tensor_core}"
 
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])

@@ -17,6 +17,8 @@ from plait.lowering.gpu import AccessError, run, watch
 from plait.lowering.recurrent.run import named
 from torch import Tensor
 
+from tests.laws import error
+
 FORMS = faces(interpreted=True)
 LIMITS = {torch.float32: 3e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
@@ -56,11 +58,6 @@ CASES = {
     "packed of one": Case(1, cu=(0, 1), bias=True, act="silu"),
     "plain": Case(40, c=16),
 }
-
-
-def error(got: Tensor, want: Tensor) -> float:
-    assert got.shape == want.shape and got.isfinite().all()
-    return float((got.double() - want.double()).norm() / want.double().norm().clamp_min(1e-30))
 
 
 def wide(xs: Sequence[Tensor | None]) -> list[Tensor | None]:

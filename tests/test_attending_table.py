@@ -23,8 +23,8 @@ def nodes(lines: str, dtype: str = "bf16") -> list[Node]:
 
 
 CHOICES = {
-    "y = attention(q, k, v)": ("device.attention", "SDPA: its flash kernels"),
-    "y = attention(q, long, long, causal=False)": ("device.attention", "SDPA: its flash kernels"),
+    "y = attention(q, k, v)": ("device.attention", "SDPA: its own kernels"),
+    "y = attention(q, long, long, causal=False)": ("device.attention", "SDPA: its own kernels"),
     "y = attention(q, k, v, window=16)": ("attending.attention", "no kernel of its own for a window"),
     "y = attention(q, k, v, sinks, softcap=3.0)": ("attending.attention", "for a softcap and sinks"),
     "y = attention(q, k, v, cu=cu)": ("attending.attention", "for packed segments"),
@@ -46,8 +46,12 @@ def test_the_table_says_what_runs_and_why(text: str) -> None:
 
 
 def test_other_dtypes_are_torch_code_and_the_table_says_so() -> None:
-    (node,) = nodes("y = attention(q, k, v, window=16)", "f32")
-    assert choose(node, "cuda")[1:] == ("device.attention", "SDPA, or by hand: products of f32 are no tensor core's")
+    (node,) = nodes("y = attention(q, k, v, window=16)", "f64")
+    assert choose(node, "cuda")[1:] == ("device.attention", "SDPA, or by hand: products of f64 are no tensor core's")
+    (full,) = nodes("y = attention(q, k, v, window=16)", "f32")
+    assert choose(full, "cuda")[1] == "attending.attention" and len(launches(full)) == 6
+    text = "def f(q: f32[b, s, 8, 65], k: f32[b, s, 2, 65]):\n    y = attention(q, k, k, window=16)\n    return y"
+    assert "heads of 65 and 65 channels; a program's registers take 1 to 64 of f32" in choose(parse(text).nodes[0], "cuda")[2]
     (wide,) = nodes("y, last = causal_conv1d(x, taps, cu=cu)", "f64")
     assert not launches(node) and not launches(wide)
 

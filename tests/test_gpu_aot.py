@@ -169,6 +169,20 @@ def wrong_inside(p_x):
     tl.store(p_x, double(tl.load(p_x)))
 
 
+@triton.jit
+def writes_for_some(p_x, B: tl.constexpr):
+    x = tl.load(p_x)
+    if B > 0:
+        tl.store(p_x, x + x)
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_a_kernel_of_which_no_store_is_left_is_refused(target: str) -> None:
+    assert compile_kernel(writes_for_some, (X,), {"B": 1}, target)
+    with pytest.raises(CompileError, match=f"writes_for_some writes nothing: for {target} the compiler takes"):
+        compile_kernel(writes_for_some, (X,), {"B": 0}, target)
+
+
 def test_a_kernel_that_cannot_be_compiled_says_where() -> None:
     good = Job(scale, (X, X, 63, 0.5, 63), {"B": 64}, "sm_80")
     bad = [Job(wrong_types, (X,), {}, "sm_90"), Job(wrong_inside, (X.float(),), {}, "gfx942"), Job(scale, (X,), {}, "sm_80")]

@@ -122,13 +122,13 @@ def test_uses_are_the_distinct_kernels_with_all_their_calls(trained: tuple[Use, 
 def test_operands_are_strided_as_the_call_has_them(trained: tuple[Use, ...]) -> None:
     """The gates of demo read 4 of 584 columns, 1160 bytes behind the start of a row."""
     found = {u.name: u.operands for u in trained}
-    a, bias, _, b = found["gates"]
+    _, _, a, bias, _, b = found["preamble"]
     assert (a.shape, a.stride(), a.data_ptr()) == ((BATCH, LENGTH, 4), (LENGTH * 584, 584, 1), 2 * 580)
     assert b.data_ptr() == 2 * 576 and bias.stride() == (1,)
-    made = row_kernel(next(u.graph for u in trained if u.name == "gates"))
-    assert [j.meta["s_x0_1"] for j in jobs(made, found["gates"], "sm_90")] == [584]
+    made = row_kernel(next(u.graph for u in trained if u.name == "preamble"))
+    assert [j.meta["s_x2_1"] for j in jobs(made, found["preamble"], "sm_90")] == [584]
     assert found["norm_gate1"][0].stride() == (LENGTH * 448, 448, 56, 1)  # of a kernel's result: memory of its own
-    assert {"p_x1", "p_x2"} <= jobs(made, found["gates"], "sm_90")[0].meta.keys()
+    assert {"p_x3", "p_x4"} <= jobs(made, found["preamble"], "sm_90")[0].meta.keys()
 
 
 def test_a_kernel_is_a_program_too() -> None:

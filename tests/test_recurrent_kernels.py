@@ -18,6 +18,8 @@ from plait.lowering.recurrent import forward as forward_kernels
 from plait.lowering.recurrent.run import function_of, named
 from torch import Tensor
 
+from tests.laws import error
+
 FORMS = faces(interpreted=True)
 GATES = {  # member -> (gate axes, has beta, delta)
     "gated_delta_rule": ("head", True, True),
@@ -71,11 +73,6 @@ def results(form: Any, xs: Sequence[Tensor], **named: Any) -> list[Tensor]:
     weights = torch.Generator().manual_seed(9)
     drawn = [torch.randn(y.shape, generator=weights).to(torch.bfloat16).to(y.dtype) for y in (o, final)]
     return [o.detach(), final.detach(), *torch.autograd.grad([o, final], xs, drawn)]
-
-
-def error(got: Tensor, want: Tensor) -> float:
-    assert got.shape == want.shape and got.isfinite().all()
-    return float((got.double() - want.double()).norm() / want.double().norm().clamp_min(1e-30))
 
 
 def agree(name: str, xs: list[Tensor], limit: float, **named: Any) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from plait.ir import DataError, TypeMismatch, ops
+from plait.lowering import lower
 from plait.lowering.gpu.jobs import op_uses
 from plait.lowering.gpu.op_jobs import op_kernels
 from plait.lowering.recurrent import Step, faces, final_state, forward, interpreted, launches
@@ -152,3 +153,42 @@ def test_a_final_state_is_among_a_programs_kernels() -> None:
     assert use.node is not None and use.half == "forward"
     made = op_kernels(use.node, use.half, "sm_90", use.operands)
     assert [x.name.split("_")[0] for x in made.launches] == ["prepare", "scan"] and "def scan_" in made.text
+
+
+CARRIED = """
+@layer
+def mixer(q: f32[b, s, 2, 16], k: f32[b, s, 2, 16], v: f32[b, s, 4, 16], g: f32[b, s, 4], w: f32[b, s, 4],
+          state: f32[b, 4, 16, 16]):
+    o, final = gated_delta_rule(q, k, v, g, w, state)
+    y = scale(o, by=2.0)
+    return y, final
+"""
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_a_state_that_a_program_carries_is_written_where_it_stands(tokens: int) -> None:
+    """By a step of few tokens without a gradient; compiled, too, and nobody copies it."""
+    program = lower(grid.parse(CARRIED), target="interpreter")
+    assert "a step writes the state where it stands" in program.choices[0].why
+    xs = [torch.randn(2, tokens, *rest) for rest in ((2, 16), (2, 16), (4, 16), (4,), (4,))]
+    xs = [*xs[:3], -xs[3].abs(), xs[4].sigmoid()]
+    compiled = torch.compile(program.entry.forward, backend="aot_eager", fullgraph=True)
+    for run in (program.entry, compiled)[: 2 if tokens == 1 else 1]:
+        state = torch.randn(2, 4, 16, 16)
+        want = ops.gated_delta_rule.reference(*(x.double() for x in (*xs, state)))
+        _, kept = program.entry(*(x.clone().requires_grad_() for x in xs), before := state.clone())
+        assert torch.equal(before, state) and kept.data_ptr() != before.data_ptr()  # a backward reads what was there
+        with torch.no_grad():
+            y, final = run(*xs, state)
+        assert error(y, 2 * want[0]) < 3e-6 and error(final, want[1]) < 3e-6
+        assert (final.data_ptr() == state.data_ptr()) == (tokens < 5)
+
+
+def test_a_state_that_is_read_elsewhere_is_not_given_up() -> None:
+    for text in (
+        CARRIED.replace("return y, final", "return y"),
+        CARRIED.replace("return y, final", "return y, final, state"),
+        CARRIED.replace("y = scale(o, by=2.0)", "y = scale(state, by=2.0)"),
+    ):
+        assert "carried" not in lower(grid.parse(text), target="cuda").source
+    assert "carried" not in lower(grid.parse(CARRIED), target="cpu").source

@@ -178,12 +178,12 @@ def test_packaged_ahead_of_time(tmp_path: Path) -> None:
 VIEWS = ("linear", "split", "reshape")  # a library's, or nothing at all
 
 
-def test_a_decode_step_of_a_recurrent_mixer_is_four_launches() -> None:
-    """Between its two projections: the preamble, the gates, the rule, its norm and gate; each is one function."""
+def test_a_decode_step_of_a_recurrent_mixer_is_three_launches() -> None:
+    """Between its two projections: the preamble with its gates, the rule, its norm and gate; each is one function."""
     graph = Pipeline.parse(DEFAULT).run(plait.program(load_spec("qwen3-next-80b-a3b-tiny"), task="cached"))
     layer = next(g for g in graph.layers if g.name == "gdn")
     names = [n.op.name for n in layer.nodes if not n.is_op(*VIEWS)]
-    assert sorted(names) == ["gated_delta_rule", "gates", "norm_gate", "preamble", "residual_norm"]
+    assert sorted(names) == ["gated_delta_rule", "norm_gate", "preamble", "residual_norm"]
     for use in uses(graph):
         if "gdn" in use.calls:
             assert len(jobs(row_kernel(use.graph), use.operands, "sm_90")) == 1, use.name
@@ -196,7 +196,7 @@ def lowered(name: str, target: str, **options: Any) -> plait.lowering.Program:
 def test_the_report_names_every_row_kernel() -> None:
     program = lowered("qwen3-next-80b-a3b-tiny", "cuda")
     found = {c.op: (c.runs, c.why) for c in program.choices if c.runs == "row kernel"}
-    assert {"norm_gate", "residual_norm", "gates", "glu", "qkv_prep", "preamble"} <= found.keys()
+    assert {"norm_gate", "residual_norm", "glu", "qkv_prep", "preamble"} <= found.keys()
     assert set(found.values()) == {("row kernel", "one pass forward, one backward")}
     assert "torch.ops.plait.residual_norm_" in program.source
     interpreted = lowered("qwen3-next-80b-a3b-tiny", "interpreter").source
@@ -359,6 +359,18 @@ def test_a_recorded_step_decodes_as_the_plain_one(name: str, waits: bool) -> Non
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
         tokens = a.argmax(-1)[:, None]
     assert tape.replays == (0 if waits else 4)  # the prompt and the first step run as they are
+
+
+@pytest.mark.parametrize(("carried", "tried"), [(None, 0), ((True,), 0), ((False,), 1)])
+def test_trying_a_step_leaves_what_it_carries(carried: tuple[bool, ...] | None, tried: int) -> None:
+    """A step that counts in place counts the steps that are taken; slots, which it writes again, are not copied."""
+
+    def step(tokens: Tensor, at: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        return tokens[..., None] + state.add_(1.0), state
+
+    decode = Decoder(step, [torch.zeros(1)], Tape(), carried)
+    made = [float(decode(torch.zeros(1, 1, dtype=torch.int64))) for _ in range(4)]
+    assert made == [1, 2 + tried, 3 + tried, 4 + tried]
 
 
 def test_nothing_is_recorded_without_a_device() -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 from ...ir import DTYPES, Node
-from .traits import HALF, WIDEST
+from .traits import WIDEST
 
 
 def alone(causal: bool, at: bool, queries: Any, keys: Any) -> bool:
@@ -22,18 +22,19 @@ def alone(causal: bool, at: bool, queries: Any, keys: Any) -> bool:
 
 def left(node: Node) -> str:
     """Why a node is torch's on a CUDA device; empty where generated kernels run it."""
-    return unfit(node) or ("" if needs(node) else "SDPA: its flash kernels know causal and full attention")
+    return unfit(node) or ("" if needs(node) else "SDPA: its own kernels know causal and full attention")
 
 
 def unfit(node: Node) -> str:
     """Why generated kernels could not run a node, nor a decode step of it; empty where they could."""
     q, k, v, *_ = (None if x is None else x.type for x in node.inputs)
     assert q is not None and k is not None and v is not None
-    if DTYPES[q.dtype] not in HALF:
+    if (most := WIDEST.get(DTYPES[q.dtype])) is None:
         return f"SDPA, or by hand: products of {q.dtype} are no tensor core's"
     widths = [x.dims[3].size for x in (q, v)]
-    if any(isinstance(n, int) and n > WIDEST for n in widths):
-        return f"SDPA, masks made on the device: heads of {widths[0]} and {widths[1]} channels; a program takes 1 to {WIDEST}"
+    if any(isinstance(n, int) and n > most for n in widths):
+        heads = f"heads of {widths[0]} and {widths[1]} channels"
+        return f"SDPA, masks made on the device: {heads}; a program's registers take 1 to {most} of {q.dtype}"
     return ""
 
 

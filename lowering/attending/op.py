@@ -19,7 +19,7 @@ from ..gpu.machine import target_of
 from .choice import alone
 from .launch import Operands, backward, decode, forward, room
 from .run import Run, interpreted, launched
-from .traits import HALF, WIDEST
+from .traits import WIDEST
 
 Maybe = Tensor | None
 
@@ -80,10 +80,11 @@ def declined(q: Tensor, k: Tensor, v: Tensor, interpreted: bool) -> str:
     """Why operands have no generated kernel; empty where they have one."""
     if not interpreted and q.device.type != "cuda":
         return f"on {q.device.type} the torch form is faster than an interpreter"
-    if q.dtype not in HALF and not (interpreted and q.dtype == torch.float32):
+    if q.dtype not in WIDEST:
         return f"products of {str(q.dtype)[6:]} are no tensor core's; cuBLAS takes them"
-    if not (0 < q.shape[-1] <= WIDEST and 0 < v.shape[-1] <= WIDEST):
-        return f"heads of {q.shape[-1]} and {v.shape[-1]} channels; a program takes 1 to {WIDEST}"
+    most = max(WIDEST.values()) if interpreted else WIDEST[q.dtype]  # an interpreter has no registers
+    if not (0 < q.shape[-1] <= most and 0 < v.shape[-1] <= most):
+        return f"heads of {q.shape[-1]} and {v.shape[-1]} channels; a program's registers take 1 to {most} of {q.dtype}"
     return ""
 
 

@@ -9,8 +9,9 @@ import torch
 
 from ..gpu.tuned import tuned
 
-WIDEST = 256  # channels of a key or value head
 HALF = (torch.bfloat16, torch.float16)
+# Channels of a key or value head. Of float32 operands registers hold twice as many numbers: what is lost by rounding, too.
+WIDEST = {torch.bfloat16: 256, torch.float16: 256, torch.float32: 64}
 FEW = 64  # queries times heads of a group up to which a step is split over its keys
 SPLITS = 64  # parts that a step's keys are split into at most
 Tensor = torch.Tensor
@@ -93,21 +94,48 @@ _TILES: Mapping[str, Mapping[str, Mapping[int, tuple[int, int, int, int]]]] = {
 }
 
 
+# The same for float32 and heads of up to 64 channels. Its products are three of tf32 each, on gfx942 exact ones.
+_FULL: Mapping[str, Mapping[str, tuple[int, int, int, int]]] = {
+    "sm_80": {
+        "attend": (32, 32, 8, 1),
+        "queries": (32, 32, 8, 1),
+        "keys": (64, 32, 8, 1),
+        "values": (32, 64, 8, 1),
+        "split": (16, 64, 8, 1),
+    },
+    "sm_90": {
+        "attend": (128, 64, 8, 1),
+        "queries": (128, 64, 8, 1),
+        "keys": (32, 64, 8, 1),
+        "values": (32, 64, 8, 1),
+        "split": (16, 64, 4, 1),
+    },
+    "sm_100": {
+        "attend": (128, 32, 8, 1),
+        "queries": (64, 32, 8, 1),
+        "keys": (32, 64, 8, 1),
+        "values": (64, 64, 8, 1),
+        "split": (16, 128, 8, 1),
+    },
+    "gfx942": {
+        "attend": (128, 64, 8, 1),
+        "queries": (128, 64, 8, 1),
+        "keys": (64, 64, 8, 1),
+        "values": (64, 64, 8, 1),
+        "split": (16, 128, 8, 1),
+    },
+}
+
+
 def config(dtype: torch.dtype, d: int, e: int, *, rows: int = 16, target: str = "sm_90") -> Config:
     """The tiles for key heads of d, value heads of e channels and so many rows of a step: tuned ones, where there are."""
-    if dtype not in HALF:
-        return _wide_products(dtype, rows)
-    width, known = max(64, padded(d), padded(e)), _TILES[target]
-    half = str(dtype)[6:]
-    tiles = {name: tuned(target, f"attention {name} {half} {width}", Tile(*widths[width])) for name, widths in known.items()}
+    half, width = dtype in HALF, max(64, padded(d), padded(e))
+    known = {name: widths[width] for name, widths in _TILES[target].items()} if half else _FULL[target]
+    kind = f"{str(dtype)[6:]} {width}"
+    tiles = {name: tuned(target, f"attention {name} {kind}", Tile(*sizes)) for name, sizes in known.items()}
     tiles["split"] = replace(tiles["split"], queries=padded(rows))
-    return Config(dtype, "ieee", **tiles, join=Tile(1, SPLITS, 4, 1))
-
-
-def _wide_products(dtype: torch.dtype, rows: int) -> Config:
-    """Tiles for float32, whose exact products no tensor core makes: as small as products go, for what interprets them."""
-    tile = Tile(64, 64, 8, 1)
-    return Config(dtype, "ieee", tile, tile, tile, tile, Tile(padded(rows), 64, 8, 1), Tile(1, SPLITS, 4, 1))
+    exact = half or target.startswith("gfx")
+    return Config(dtype, "ieee" if exact else "tf32x3", **tiles, join=Tile(1, SPLITS, 4, 1))
 
 
 def padded(n: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from .interpret import LOCK
 from .machine import find_target, gpu_target
 
 LINES = 12  # of Triton's message that an error shows
+WRITES = re.compile(r"\b(st\.global|red\.|atom\.|cp\.(async\.bulk|reduce)|(global|buffer|flat)_(store|atomic))")  # in assembly
 
 
 class CompileError(PlaitError):
@@ -88,6 +90,8 @@ def _compile(job: Job, tries: int = TRIES) -> Compiled:
         if raced(error) and tries > 1:  # two threads parsed at once, which says nothing of the kernel
             return _compile(job, tries - 1)
         raise CompileError(f"{job.fn.__name__} cannot be compiled for {job.target}:\n{_useful(error)}") from error
+    if not WRITES.search(str(made.asm.get("ptx") or made.asm.get("amdgcn"))):
+        raise CompileError(f"{made.name} writes nothing: for {job.target} the compiler takes all that it does for unreachable")
     if made.shared > limit:
         raise CompileError(f"{made.name} needs {made.shared} bytes of shared memory; a block of {job.target} has {limit}")
     return made

@@ -17,6 +17,11 @@ INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]
 USAGE = re.compile(r"\bREG:(\d+) STACK:(\d+)")
 TENSOR_CORE = re.compile(r"HGMMA|QGMMA|IGMMA|HMMA|IMMA|QMMA|OMMA|DMMA|UTC\w*MMA")
 
+PRODUCT = re.compile(r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma)\b([\w.:]*)")  # of PTX
+HALF_PRODUCT = re.compile(r"f16|tf32")  # and bf16: what the names below are for
+CORES = {"mma.sync": "HMMA", "wgmma.mma_async": "HGMMA", "tcgen05.mma": "UTCHMMA"}
+COPY = re.compile(r"\bcp\.async\.c[ag]\.shared\.global[\w.:]*\s+\[[^\]]*\],\s*\[[^\]]*\],\s*(\w+)")  # to shared memory
+
 
 @dataclass(frozen=True)
 class Resources:
@@ -40,13 +45,17 @@ def resources(compiled: Compiled) -> Resources:
     cubin, ptx = compiled.asm["cubin"], str(compiled.asm["ptx"])
     cubin = cubin if isinstance(cubin, bytes) else cubin.encode()
     registers, stack = _usage(_dump(cubin, "--dump-resource-usage"))
-    # Disassembling takes a hundred times as long as all else here; PTX has the same loads where nothing was added to it.
-    if stack or "mma" in ptx or "cp.async" in ptx:
+    products = PRODUCT.findall(ptx)
+    # Disassembling takes a hundred times as long as all else here; PTX has the same loads and products where nothing was added.
+    if stack or "cp.async.bulk" in ptx or not all(HALF_PRODUCT.search(rest) for _, rest in products):
         return _nvidia(_dump(cubin, "--dump-sass"), registers, stack, compiled.shared)
     loads, stores = (Counter(re.findall(rf"\b{kind}\.global[\w.]*", ptx)) for kind in ("ld", "st"))
+    copies = [int(size, 0) for size in COPY.findall(ptx)]
+    cores = Counter(CORES[kind] for kind, _ in products)
     return Resources(
-        registers, 0, stack, compiled.shared, {}, sum(loads.values()), _wide_ptx(loads), sum(stores.values()), _wide_ptx(stores)
-    )
+        registers, 0, stack, compiled.shared, dict(sorted(cores.items())), sum(loads.values()) + len(copies),
+        _wide_ptx(loads) + sum(size >= 16 for size in copies), sum(stores.values()), _wide_ptx(stores),
+    )  # fmt: skip
 
 
 def _wide_ptx(code: Mapping[str, int]) -> int:

@@ -16,6 +16,7 @@ Face = Callable[..., tuple[Tensor, Tensor]]
 
 def gated(update: str, interpreted: bool) -> Face:
     """A member with decay and beta."""
+    run = partial(linear_recurrence, update=update, interpreted=interpreted)
 
     def face(
         q: Tensor,
@@ -27,8 +28,9 @@ def gated(update: str, interpreted: bool) -> Face:
         cu: Maybe = None,
         *,
         scale: float = 1.0,
+        carried: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        return linear_recurrence(q, k, v, decay, beta, state, cu, scale=scale, update=update, interpreted=interpreted)
+        return run(q, k, v, decay, beta, state, cu, scale=scale, carried=carried)
 
     return face
 
@@ -36,10 +38,20 @@ def gated(update: str, interpreted: bool) -> Face:
 def written(interpreted: bool) -> Face:
     """The delta rule without decay."""
 
+    run = partial(linear_recurrence, update="delta", interpreted=interpreted)
+
     def face(
-        q: Tensor, k: Tensor, v: Tensor, beta: Tensor, state: Maybe = None, cu: Maybe = None, *, scale: float = 1.0
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        beta: Tensor,
+        state: Maybe = None,
+        cu: Maybe = None,
+        *,
+        scale: float = 1.0,
+        carried: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        return linear_recurrence(q, k, v, None, beta, state, cu, scale=scale, update="delta", interpreted=interpreted)
+        return run(q, k, v, None, beta, state, cu, scale=scale, carried=carried)
 
     return face
 
@@ -47,11 +59,21 @@ def written(interpreted: bool) -> Face:
 def decayed(interpreted: bool) -> Face:
     """The additive member with a decay alone: per token, or one slope per head."""
 
+    run = partial(linear_recurrence, update="additive", interpreted=interpreted)
+
     def face(
-        q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Maybe = None, cu: Maybe = None, *, scale: float = 1.0
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        decay: Tensor,
+        state: Maybe = None,
+        cu: Maybe = None,
+        *,
+        scale: float = 1.0,
+        carried: bool = False,
     ) -> tuple[Tensor, Tensor]:
         decay = decay.expand(*v.shape[:2], -1) if decay.dim() == 1 else decay
-        return linear_recurrence(q, k, v, decay, None, state, cu, scale=scale, update="additive", interpreted=interpreted)
+        return run(q, k, v, decay, None, state, cu, scale=scale, carried=carried)
 
     return face
 

@@ -52,15 +52,26 @@ def linear_recurrence(
     scale: float = 1.0,
     update: str = "delta",
     interpreted: bool = False,
+    carried: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """`forms.recurrence.linear_recurrence` by generated kernels where there are any for these operands."""
+    """`forms.recurrence.linear_recurrence` by generated kernels where there are any for these operands.
+
+    A `carried` state is given up: a step of few tokens writes the new one over it.
+    """
     if declined(q, k, v, interpreted):
         return torch_form.linear_recurrence(q, k, v, decay, beta, state, cu, scale=scale, update=update)
     torch_form.check(q, k, v, decay, beta, state, cu, update)
     given = (q, k, v, decay, beta, state)
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)
+    if carried and not keep and cu is None and state is not None and _few(v) and state.dtype == torch.float32:
+        return torch.ops.plait.recurrence_step(*given, None, scale, update, interpreted), state
     o, final, *_ = torch.ops.plait.recurrence_kernels(*given, cu, scale, update, interpreted, keep)
     return o, final
+
+
+def _few(v: Tensor) -> bool:
+    """Whether there are so few tokens that they go one after another; a number that may be any is many."""
+    return not isinstance(v.shape[1], torch.SymInt) and 0 < v.shape[1] <= FEW
 
 
 def final_state(
