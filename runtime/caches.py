@@ -248,6 +248,12 @@ def _where(state: TensorType) -> str:
     return "pages" if sizes[0] == "pages" else sizes[1] if len(sizes) > 1 else ""
 
 
+def carried(graph: Graph) -> list[bool]:
+    """Which states of a program are carried on whole, and not made of slots."""
+    names = [v.name for v in graph.inputs]
+    return [not _where(v.type) for v in graph.inputs[names.index("at") + 1 :]]
+
+
 def position_limit(graph: Graph) -> int:
     """How many positions a program has a table of; 0 where it has none."""
     for node in graph.nodes:

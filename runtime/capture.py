@@ -19,8 +19,11 @@ class Decoder:
     where they are, and from then on replayed. A step that waits for the host is never recorded.
     """
 
-    def __init__(self, step: Step, states: Sequence[Tensor], record: Record | None = None) -> None:
+    def __init__(
+        self, step: Step, states: Sequence[Tensor], record: Record | None = None, carried: Sequence[bool] | None = None
+    ) -> None:
         self.step, self.states, self.record = step, list(states), record
+        self.carried = [True] * len(self.states) if carried is None else [*carried]  # which states are not made of slots
         self.done, self.single = 0, 0  # tokens, and one-token steps
         self.replay: Callable[[], None] | None = None
 
@@ -47,8 +50,10 @@ class Decoder:
     def _record(self, tokens: Tensor, record: Record) -> None:
         """Try to record the step that comes next; nothing of it has happened when this returns."""
         self.tokens, self.at = tokens.clone(), torch.tensor(self.done, device=tokens.device)
-        # Running the step for its own sake is harmless: it writes what the step itself will write over.
-        made = record(lambda: self.step(self.tokens, self.at, *self.states), self._body)
+        # A step may write its states where they stand. Slots of keys and values it will write again, with the same numbers;
+        # what it carries on is tried on copies.
+        states = [s.clone() if carried else s for s, carried in zip(self.states, self.carried, strict=True)]
+        made = record(lambda: self.step(self.tokens, self.at, *states), self._body)
         if made is not None:
             self.replay, self.logits = made
 

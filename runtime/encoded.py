@@ -132,7 +132,8 @@ class EncoderDecoder(CompiledModel):
     def encode(self, tokens: Prompts, mask: Tensor | None = None) -> Memory:
         """Run the encoder once: what every step of the decoder reads."""
         source, lengths = self._source(tokens, mask)
-        return Memory(lengths, self._run(Variant("memory"), source, lengths))
+        # Read in every step: side by side, as the decode step on a CPU wants what it reads.
+        return Memory(lengths, tuple(part.contiguous() for part in self._run(Variant("memory"), source, lengths)))
 
     def generate(
         self, tokens: Prompts, max_new_tokens: int, *, mask: Tensor | None = None, cache: Cache | None = None,

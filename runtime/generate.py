@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 
 from ..ir import DataError
-from .caches import CHUNK, Cache, Reader, check_length
+from .caches import CHUNK, Cache, Reader, carried, check_length
 from .capture import Decoder, recorder
 from .padding import rows_of
 from .sampling import Chooser, Sampling
@@ -113,11 +113,13 @@ def _even(model: Model, rows: Sequence[Tensor], wish: Wish) -> tuple[Read, Step]
     tokens = torch.stack([*rows]).to(reader.device)
     room, chunk = tokens.shape[1] + wish.count, wish.chunk or CHUNK
     if any(window - 1 + chunk < room for window in reader.windows):
-        run, states = partial(_in_rings, reader), Cache(reader, len(rows), room, chunk=chunk).states
+        variant, run = Variant("rows", last=True), partial(_in_rings, reader)
+        states = Cache(reader, len(rows), room, chunk=chunk).states
     else:
-        run, states = partial(reader.run, Variant("cached", last=True)), model.fresh_states(len(rows), room)
+        variant = Variant("cached", last=True)
+        run, states = partial(reader.run, variant), model.fresh_states(len(rows), room)
         chunk = wish.chunk or tokens.shape[1]
-    decode = Decoder(run, states, recorder(reader.device, wish.count))
+    decode = Decoder(run, states, recorder(reader.device, wish.count), carried(reader.graph(variant)))
 
     def read() -> Tensor:
         *parts, last = tokens.split(chunk, 1)

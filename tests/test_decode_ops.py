@@ -140,6 +140,48 @@ def test_attention_of_rows_with_lengths_of_their_own(options: str) -> None:
     close(text, [tokens(3, 1), torch.tensor([2, 29, 6]), *operands(3, 7, 16, 16)], 2e-5)
 
 
+@pytest.mark.parametrize("options", ["", ", window=5, sinks=sinks, softcap=2.0"])
+def test_attention_in_pages(options: str) -> None:
+    text = f"""
+def f(tokens: i64[b, s], at: i64[b], kc: f32[p, c, 2, 20], vc: f32[p, c, 2, 33], slots: i64[b, s], pages: i64[b, f],
+      q: f32[b, s, 6, 20], k: f32[b, s, 2, 20], v: f32[b, s, 2, 33], sinks: f32[6]):
+    kw = page_write(kc, k, slots)
+    vw = page_write(vc, v, slots)
+    o = paged_attention(q, kw, vw, pages, at{options})
+    return o
+"""
+    pages, slots = torch.tensor([[3, -1], [0, 4], [2, 6]]), torch.tensor([[14], [-1], [26]])
+    rest = operands(3, 4, 20, 33)[2:]
+    pools = [randn(7, 4, 2, 20), randn(7, 4, 2, 33, seed=1)]
+    close(text, [tokens(3, 1), torch.tensor([2, 4, 6]), *pools, slots, pages, *rest], 2e-5)
+
+
+def test_values_that_are_a_part_of_their_keys() -> None:
+    """One head of latent keys for more query heads than are met at a time."""
+    text = """
+def f(tokens: i64[b, s], at: i64[()], kc: f32[b, m, 1, 28], q: f32[b, s, 19, 28], k: f32[b, s, 1, 28]):
+    kw = cache_write(kc, k, at)
+    v, r = split(kw, sizes=(20, 8))
+    o = attention(q, kw, v, at=at)
+    return o
+"""
+    close(text, [tokens(2, 1), torch.tensor(70), randn(2, 80, 1, 28), randn(2, 1, 19, 28), randn(2, 1, 1, 28, seed=1)], 2e-5)
+
+
+@pytest.mark.parametrize(
+    "call", ["table, at=at, reach=11", "slope, at=at, slopes=True", "lengths=lengths, causal=False", "lengths=lengths, at=at"]
+)
+def test_attention_with_a_bias_or_lengths(call: str) -> None:
+    text = f"""
+def f(tokens: i64[b, s], at: i64[()], kc: f32[b, m, 2, 20], vc: f32[b, m, 2, 33], lengths: i64[b], q: f32[b, s, 6, 20],
+      table: f32[8, 6], slope: f32[1, 6]):
+    o = biased_attention(q, kc, vc, {call})
+    return o
+"""
+    kc, vc, q, *_ = operands(2, 90, 20, 33)
+    close(text, [tokens(2, 1), torch.tensor(77), kc, vc, torch.tensor([90, 66]), q, randn(8, 6), randn(1, 6)], 2e-5)
+
+
 def operands(batch: int, room: int, d: int, e: int) -> list[Tensor]:
     caches = [randn(batch, room, 2, d), randn(batch, room, 2, e, seed=1)]
     return [*caches, randn(batch, 1, 6, d), randn(batch, 1, 2, d, seed=2), randn(batch, 1, 2, e, seed=3), randn(6)]
@@ -179,18 +221,65 @@ def f(tokens: i64[b, s], q: f32[b, s, 2, {d}], k: f32[b, s, 2, {d}], v: f32[b, s
     close(text, [tokens(3, 1), *heads, *rates, randn(3, 6, d, e)], 1e-5)
 
 
+@pytest.mark.parametrize("channels", [1, 63, 150])
+def test_scans_of_channels(channels: int) -> None:
+    text = f"""
+def f(tokens: i64[b, s], x: f32[b, s, {channels}], step: f32[b, s, {channels}], rate: f32[{channels}, 18], k: f32[b, s, 18],
+      q: f32[b, s, 18], state: f32[b, {channels}, 18], p: i64[b, s], one: f32[b, {channels}]):
+    o, final = selective_scan(x, step, rate, k, q, state=state)
+    a, first = selective_scan(x, step, rate, k, q)
+    d = scale(step, by=-1.0)
+    h, last = rg_lru(x, d, p, state=one)
+    return o, final, a, first, h, last
+"""
+    step, rate = randn(3, 1, channels).abs(), -randn(channels, 18).abs()
+    keys = [randn(3, 1, 18), randn(3, 1, 18, seed=1), randn(3, channels, 18)]
+    places = torch.tensor([[3], [0], [9]])
+    close(text, [tokens(3, 1), randn(3, 1, channels), step, rate, *keys, places, randn(3, channels, seed=2)], 1e-5)
+
+
+@pytest.mark.parametrize("batch", [1, 5])
+def test_weights_of_heads_and_of_columns(batch: int) -> None:
+    """Matrices whose columns lie side by side are read as they lie."""
+    text = """
+def f(tokens: i64[b, s], x: f32[b, s, 60], w: f32[3, 20, 90], c: f32[3, 90, 20], y: f32[b, s, 3, 20]):
+    columns = reshape(w, pattern='h d r -> h r d')
+    a = head_linear(y, columns)
+    d = head_linear(y, c)
+    flat = reshape(w, pattern='h d r -> r (h d)')
+    z = linear(x, flat)
+    return a, d, z
+"""
+    close(text, [tokens(batch, 1), randn(batch, 1, 60), randn(3, 20, 90), randn(3, 90, 20), randn(batch, 1, 3, 20)], 2e-5)
+
+
+@pytest.mark.parametrize("far", ["(5.0, 3.0)", "(5.0, 1.5, 2.0, 2.5, 3.0)"])
+def test_rotations_of_texts_that_reach_far(far: str) -> None:
+    text = f"""
+def f(tokens: i64[b, s], at: i64[b], x: f32[b, s, 3, 8]):
+    p = cached_positions(tokens, at)
+    n = reach(p)
+    y = rope(x, p, n, theta=100.0, far={far}, rounded=True)
+    z = shift_positions(p, by=2)
+    return y, z
+"""
+    close(text, [tokens(2, 1), torch.tensor([3, 17]), randn(2, 1, 3, 8)], 3e-5)
+
+
 @pytest.mark.parametrize("options", ["score='softmax'", "score='sigmoid', scale=2.5", "groups=4, group_limit=2"])
 @pytest.mark.parametrize("biased", [False, True])
 def test_experts(options: str, biased: bool) -> None:
     text = f"""
-def f(tokens: i64[b, s], logits: f32[b, s, 8], bias: f32[8], x: f32[b, s, 37], w: f32[8, 21, 37]):
+def f(tokens: i64[b, s], logits: f32[b, s, 8], bias: f32[8], x: f32[b, s, 37], w: f32[8, 21, 37], c: f32[8, 21]):
     weights, experts = route(logits, {"bias, " if biased else ""}k=3, {options})
     rows, order, counts = dispatch(x, experts, e=8)
     h = grouped_linear(rows, w, counts)
-    y = combine(h, order, weights)
+    more = spread_experts(c, counts, h)
+    g = add(h, more)
+    y = combine(g, order, weights)
     return weights, experts, y
 """
-    close(text, [tokens(5, 1), randn(5, 1, 8), randn(8), randn(5, 1, 37), randn(8, 21, 37)], 3e-5)
+    close(text, [tokens(5, 1), randn(5, 1, 8), randn(8), randn(5, 1, 37), randn(8, 21, 37), randn(8, 21)], 3e-5)
 
 
 def test_experts_that_are_equally_good() -> None:
@@ -208,14 +297,24 @@ def test_every_kind_of_instruction_is_in_the_source() -> None:
 
 
 def test_threads_change_no_bit() -> None:
+    """Neither where they share an instruction, nor where one reads what another has written."""
     text = """
-def f(tokens: i64[b, s], beta: f32[b, s, 8], x: f32[b, s, 512], w: f32[700, 512], q: f32[b, s, 8, 64],
+def f(tokens: i64[b, s], beta: f32[b, s, 8], x: f32[b, s, 512], w: f32[700, 512], u: f32[512, 700], q: f32[b, s, 8, 64],
       state: f32[b, 8, 64, 64]):
     y = linear(x, w)
+    g = silu(y)
+    h = linear(g, u)
+    n = rms_norm(h)
+    z = linear(n, w)
     o, final = delta_rule(q, q, q, beta, state=state)
-    return y, o, final
+    return y, z, o, final
 """
-    values = [tokens(3, 1), randn(3, 1, 8), randn(3, 1, 512), randn(700, 512), randn(3, 1, 8, 64) / 8, randn(3, 8, 64, 64)]
+    weights = [randn(700, 512), randn(512, 700)]
+    values = [tokens(3, 1), randn(3, 1, 8), randn(3, 1, 512), *weights, randn(3, 1, 8, 64) / 8, randn(3, 8, 64, 64)]
+    made = planned(parse(text), values)
+    (part,) = made.parts
+    assert [bool(ins.wait) for ins in part] == [False, True, True, True, True, False]
+    assert [ins.units > 1 for ins in part] == [True, False, True, False, True, True]
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from ctypes import POINTER, c_int, c_int64, c_void_p
+from ctypes import POINTER, c_int, c_int64
 from dataclasses import dataclass
 from functools import cache
 from inspect import signature
@@ -16,10 +16,11 @@ from ...ir import DTYPES, Graph, Node, OpDef, Value, parameters
 from ...ir.sizes import value as bound_size
 from ..reshape import view_steps
 from ..table import choose
-from . import step_mixers, step_text
+from . import step_attention, step_mixers, step_scans, step_text
 from .build import addressable, library
-from .step_forms import FORMS
+from .step_places import FORMS  # those that know places, and with them all others
 from .step_record import Declined, Ins, Step, Tape, arranged, instruction, key
+from .step_share import units, waits
 
 Tensor = torch.Tensor
 Calls = Mapping[Graph, Callable[..., Any]]
@@ -28,7 +29,8 @@ Env = dict[Value, Any]
 
 def source() -> str:
     """The C++ text, the same for every model."""
-    mixers = (step_mixers.PLACES, step_mixers.ATTENTION, step_mixers.STATES, step_mixers.EXPERTS)
+    attention = (step_attention.WRITES, step_attention.ATTENTION)
+    mixers = (step_mixers.PLACES, *attention, step_mixers.STATES, step_scans.SCANS, step_mixers.EXPERTS)
     return "\n".join((step_text.base(), *mixers, step_text.ENTRY))
 
 
@@ -38,7 +40,7 @@ def machine() -> Any:
     made = library(source(), "step")
     if made is None:
         return None
-    made.run.argtypes = (POINTER(Ins), c_int64, POINTER(c_void_p), POINTER(c_int64), c_int64)
+    made.run.argtypes = (POINTER(Ins), c_int64, POINTER(c_int64), POINTER(c_int64), c_int64)
     made.run.restype = c_int
     return made.run
 
@@ -73,13 +75,14 @@ class _Writer:
         return [env[v] for v in graph.outputs]
 
     def _node(self, graph: Graph, node: Node, given: list[Any], params: Mapping[str, Tensor]) -> Sequence[Any]:
-        mark = len(self.tape.steps)
+        mark, turned = len(self.tape.steps), dict(self.tape.turned)
         try:
             return self._layer(node, given, params) if node.callee else self._op(node, given)
         except Declined:
             if graph.role != "graph" or (node.callee and node.callee.role == "kernel"):
                 raise
             del self.tape.steps[mark:]
+            self.tape.turned = turned  # what is deleted is made by nobody
             return self._torch(node, given, params)
 
     def _layer(self, node: Node, given: Sequence[Any], params: Mapping[str, Tensor]) -> list[Any]:
@@ -139,7 +142,7 @@ def plan(
 ) -> Plan | None:
     """How one token a row goes through the program; None where nothing of it is C++ or something is not as it must be."""
     named = dict(zip(parameters(graph), params, strict=True))
-    if not (addressable(*inputs, *params) and all(x.is_contiguous() for x in (*inputs, *params))):
+    if not (addressable(*inputs, *params) and all(x.is_contiguous() for x in inputs)):
         return None
     shapes = {name: _shape(p) for name, p in named.items()}
     given = [_shape(x) for x in inputs]
@@ -153,7 +156,7 @@ def plan(
 
 
 def _shape(x: Tensor) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device="meta")
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
 
 
 def _planned(
@@ -178,23 +181,26 @@ def _planned(
     kinds |= {key(x): ("input", i) for i, x in enumerate(given)}
     if any(key(r) not in kinds for r in results):
         return None  # a parameter or a constant
+    over = _over(tape.steps, given, results, fresh)
+    old = {key(fresh[i]): key(given[at]) for i, at in over.items()}
     return Plan(
-        parts=_parts(tape.steps, slots, places), slots=slots, places=places, arena=end,
+        parts=_parts(tape.steps, slots, places, old), slots=slots, places=places, arena=end,
         params=tuple((p.dtype, p.shape) for p in real), dtypes=tuple(x.dtype for x in inputs),
         constants=tuple(numbers for _, numbers in tape.constants), calls=len(called), fresh=tuple(fresh),
-        results=tuple(kinds[key(r)] for r in results), over=_over(tape.steps, given, results, fresh),
+        results=tuple(kinds[key(r)] for r in results), over=over,
     )  # fmt: skip
 
 
-def _parts(steps: Sequence[Step], slots: dict[int, int], places: dict[int, int]) -> tuple[Any, ...]:
+def _parts(steps: Sequence[Step], slots: dict[int, int], places: dict[int, int], old: dict[int, int]) -> tuple[Any, ...]:
     made = list[Any]()
     for alike, group in groupby(steps, key=lambda s: bool(s.kind)):
         some = list(group)
-        made += [(Ins * len(some))(*(instruction(s, slots, places) for s in some))] if alike else some
+        told = zip(some, map(units, some), waits(some, places, old), strict=True) if alike else ()
+        made += [(Ins * len(some))(*(instruction(s, n, w, slots, places) for s, n, w in told))] if alike else some
     return tuple(made)
 
 
-IN_PLACE = ("CONV", "RECURRENCE")  # each number of the state is read before it is written
+IN_PLACE = ("CONV", "RECURRENCE", "SELECTIVE_SCAN", "RG_LRU")  # each number of the state is read before it is written
 
 
 def _over(steps: Sequence[Step], given: list[Tensor], results: list[Tensor], fresh: list[Tensor]) -> dict[int, int]:

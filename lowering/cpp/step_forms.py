@@ -1,4 +1,4 @@
-"""What each op is in a decode step: one token a row, so that tokens of a value are its rows."""
+"""What each op that knows no places is in a decode step: one token a row, so that tokens of a value are its rows."""
 
 from __future__ import annotations
 
@@ -7,15 +7,14 @@ from typing import Any
 
 import torch
 
-from ...ir.ops import frequencies
-from .step_record import Declined, Tape, key, together
+from .step_record import Declined, Tape, together
 
 Tensor = torch.Tensor
 Maybe = Tensor | None
 FORMS: dict[str, Callable[..., Any]] = {}
 FLOATS = (torch.float32, torch.bfloat16)
-# What the C++ has room for: rows of a product, channels of a head, query heads of a key head, pairs turned, experts.
-ROWS, HEAD, GROUP, PAIRS, EXPERTS, WIDEST, TAPS = 256, 576, 16, 512, 1024, 512, 8
+# What the C++ has room for: rows of a product, channels of a head, experts, channels of a recurrence, taps.
+ROWS, HEAD, EXPERTS, WIDEST, TAPS = 256, 576, 1024, 512, 8
 
 
 def form(run: Callable[..., Any]) -> Callable[..., Any]:
@@ -138,10 +137,21 @@ def l2_norm(t: Tape, x: Tensor, *, eps: float = 1e-6) -> Tensor:
 def linear(t: Tape, x: Tensor, w: Tensor, bias: Maybe = None) -> Tensor:
     floats(x, w, bias)
     rows = x.numel() // x.shape[-1]
-    need(w.is_contiguous() and rows <= ROWS)
+    need(1 in w.stride() and rows <= ROWS)
     y = t.new(*x.shape[:-1], w.shape[0], dtype=x.dtype)
     flat = t.dense(x, torch.float32).view(rows, -1)
     t.say("LINEAR", [flat, w, bias], [y.view(rows, -1)], [rows, w.shape[0], w.shape[1], 1])
+    return y
+
+
+@form
+def head_linear(t: Tape, x: Tensor, w: Tensor) -> Tensor:
+    floats(x, w)
+    h, o, depth = w.shape
+    y, rows = t.new(*x.shape[:-1], o, dtype=x.dtype), x.numel() // (h * depth)
+    need(1 in w.stride()[1:] and rows <= ROWS)
+    flat = t.dense(x, torch.float32).view(rows, h, depth)
+    t.say("HEADS", [flat, w], [y.view(rows, h, o)], [rows, h, o, depth])
     return y
 
 
@@ -151,83 +161,6 @@ def embedding(t: Tape, w: Tensor, tokens: Tensor) -> Tensor:
     y = t.new(*tokens.shape, w.shape[1], dtype=w.dtype)
     t.say("EMBEDDING", [w, tokens.flatten()], [y.flatten(0, -2)], [tokens.numel(), w.shape[1]], [w.shape[0]])
     return y
-
-
-@form
-def positions(t: Tape, tokens: Tensor, at: Maybe = None) -> Tensor:
-    p = t.new(*tokens.shape, dtype=torch.int64)
-    t.say("POSITIONS", [_each(at, tokens.shape[0])], [p.flatten()], [tokens.shape[0], 1, 1, 1])
-    return p
-
-
-FORMS["cached_positions"] = positions
-
-
-def _each(at: Maybe, rows: int) -> Maybe:
-    """A place for each row; one that is given for all is read for each."""
-    return at if at is None else at.reshape(-1).expand(rows)
-
-
-@form
-def rope(
-    t: Tape, x: Tensor, p: Tensor, *, theta: float = 10000.0, fraction: float = 1.0, interleaved: bool = False,
-    scaling: tuple[float, ...] = (), divisors: tuple[float, ...] = (), amplitude: float = 1.0, rounded: bool = False,
-    inverse: bool = False,
-) -> Tensor:  # fmt: skip
-    floats(x)
-    width = int(x.shape[-1] * fraction)
-    need(width // 2 <= PAIRS and x.dim() == 4)
-    named = ("rope", width, theta, scaling, divisors, rounded)
-    if named not in t.frequencies:
-        made = frequencies(width, theta, scaling, torch.empty(0), rounded, divisors)
-        t.frequencies[named] = t.constant(made)
-    y = t.new(*x.shape, dtype=x.dtype)
-    t.say(
-        "ROPE", [x, p.flatten(), t.frequencies[named]], [y], list(x.shape), [width // 2, int(interleaved), int(inverse)],
-        [amplitude],
-    )  # fmt: skip
-    return y
-
-
-def _write(t: Tape, cache: Tensor, x: Tensor, at: Tensor, ring: bool) -> Tensor:
-    floats(cache, x)
-    need(key(cache) in t.given and cache.is_contiguous() and cache.shape[0] == x.shape[0])
-    t.say("CACHE_WRITE", [cache, x, _each(at, x.shape[0])], [], list(x.shape), [int(ring)])
-    return cache
-
-
-@form
-def cache_write(t: Tape, cache: Tensor, x: Tensor, at: Tensor) -> Tensor:
-    return _write(t, cache, x, at, False)
-
-
-@form
-def cached_write(t: Tape, cache: Tensor, x: Tensor, at: Tensor) -> Tensor:
-    return _write(t, cache, x, at, True)
-
-
-@form
-def attention(
-    t: Tape, q: Tensor, k: Tensor, v: Tensor, sinks: Maybe = None, cu: Maybe = None, at: Maybe = None, *, window: int = 0,
-    softcap: float = 0.0, scale: float | None = None,
-) -> Tensor:  # fmt: skip
-    need(cu is None and at is not None)
-    return cached_attention(t, q, k, v, at, sinks, window=window, softcap=softcap, scale=scale)
-
-
-@form
-def cached_attention(
-    t: Tape, q: Tensor, k: Tensor, v: Tensor, at: Tensor, sinks: Maybe = None, *, window: int = 0, softcap: float = 0.0,
-    scale: float | None = None,
-) -> Tensor:  # fmt: skip
-    floats(q, k, v, sinks)
-    (b, _, heads, d), keys, e = q.shape, k.shape[2], v.shape[3]
-    need(k.is_contiguous() and v.is_contiguous() and k.shape[0] == b and max(d, e) <= HEAD and heads // keys <= GROUP)
-    need({key(k), key(v)} <= t.given)
-    o = t.new(b, 1, heads, e, dtype=q.dtype)
-    size, factor = [b, keys, heads // keys, 1], d**-0.5 if scale is None else scale
-    t.say("ATTENTION", [q, k, v, sinks, _each(at, b)], [o], size, [d, e, window], [factor, softcap])
-    return o
 
 
 @form
@@ -314,9 +247,17 @@ def dispatch(t: Tape, x: Tensor, experts: Tensor, *, e: int) -> tuple[Tensor, Te
 @form
 def grouped_linear(t: Tape, x: Tensor, w: Tensor, counts: Tensor) -> Tensor:
     floats(x, w)
-    need(w.is_contiguous() and x.shape[0] <= ROWS)
+    need(1 in w.stride()[1:] and x.shape[0] <= ROWS)
     y = t.new(x.shape[0], w.shape[1], dtype=x.dtype)
-    t.say("GROUPED", [t.dense(x, torch.float32), w, counts], [y], [1, w.shape[1], w.shape[2], 1], [w.shape[0]])
+    t.say("GROUPED", [t.dense(x, torch.float32), w, counts], [y], [x.shape[0], w.shape[1], w.shape[2], 1], [w.shape[0]])
+    return y
+
+
+@form
+def spread_experts(t: Tape, w: Tensor, counts: Tensor, x: Tensor) -> Tensor:
+    floats(w)
+    y = t.new(x.shape[0], w.shape[1], dtype=w.dtype)
+    t.say("SPREAD", [w, counts], [y], list(y.shape), [w.shape[0]])
     return y
 
 

@@ -1,4 +1,4 @@
-"""The C++ of a decode step: what reads positions, caches and states, and the experts."""
+"""The C++ of a decode step: what reads positions and states, and the experts."""
 
 from __future__ import annotations
 
@@ -17,136 +17,63 @@ static bool embedding(const Tape& t, const Ins& x)
     return true;
 }
 
-// at [b] or one for all, p [b]
+// at [b] or one for all, p [b], so much later
 static void positions(const Tape& t, const Ins& x)
 {
     int64_t* p = (int64_t*)start(t, x.arg[1]);
-    for (int64_t b = 0; b < x.size[0]; b++) p[b] = x.arg[0].slot < 0 ? 0 : whole(t, x.arg[0], b);
+    for (int64_t b = 0; b < x.size[0]; b++) p[b] = (x.arg[0].slot < 0 ? 0 : whole(t, x.arg[0], b)) + x.whole[0];
 }
 
-constexpr int TURNS = 512;  // pairs of a head
+// Frequencies of a row that reaches further than `far`: others, or of a base that grows with the reach.
+static inline float frequency(const Tape& t, const Ins& x, int64_t b, int64_t i)
+{
+    const float near = ((const float*)start(t, x.arg[1]))[i];
+    const int64_t reach = x.arg[2].slot < 0 ? 0 : whole(t, x.arg[2], b);
+    const float length = (float)x.num[1];
+    if (x.arg[2].slot < 0 || (float)reach <= length) return near;
+    if (x.arg[3].slot >= 0) return ((const float*)start(t, x.arg[3]))[i];
+    const float factor = (float)x.num[2], width = 2.0f * x.whole[0], grown = factor * reach / length - (factor - 1);
+    const float base = (float)x.num[3] * powf(grown < 1 ? 1 : grown, width / (width - 2));
+    return 1 / powf(base, 2.0f * i / width);
+}
 
-// x [b, 1, h, d], p [b], frequencies [pairs], y
-static void rope(const Tape& t, const Ins& x)
+// p [b], frequencies [pairs], reach [b], frequencies of rows that reach far, y [b, cosines and sines]
+static void turns(const Tape& t, const Ins& x)
 {
     const int64_t pairs = x.whole[0];
-    const bool between = x.whole[1], back = x.whole[2];
-    float cosines[TURNS], sines[TURNS];
     for (int64_t b = 0; b < x.size[0]; b++) {
-        const float p = (float)whole(t, x.arg[1], b);
+        float* y = (float*)start(t, x.arg[4]) + b * 2 * pairs;
+        const float p = (float)whole(t, x.arg[0], b);
         for (int64_t i = 0; i < pairs; i++) {
-            const float angle = p * ((const float*)start(t, x.arg[2]))[i];
-            cosines[i] = cosf(angle) * (float)x.num[0];
-            sines[i] = (back ? -sinf(angle) : sinf(angle)) * (float)x.num[0];
-        }
-        for (int64_t h = 0; h < x.size[2]; h++) {
-            const Line from = line(t, x.arg[0], b, 0, h), to = line(t, x.arg[3], b, 0, h);
-            for (int64_t i = 0; i < pairs; i++) {
-                const int64_t first = between ? 2 * i : i, second = between ? 2 * i + 1 : i + pairs;
-                const float a = number(from, first), c = number(from, second);
-                put_number(to, first, a * cosines[i] - c * sines[i]);
-                put_number(to, second, c * cosines[i] + a * sines[i]);
-            }
-            for (int64_t i = 2 * pairs; i < x.size[3]; i++) put_number(to, i, number(from, i));
+            const float angle = p * frequency(t, x, b, i);
+            y[i] = cosf(angle) * (float)x.num[0];
+            y[pairs + i] = sinf(angle) * (float)x.num[0];
         }
     }
 }
 
-// Token j of a cache [b, m, g, d], `wide` numbers a token: in slot j modulo m.
-static inline Line token_of(const Tape& t, const Arg& a, int64_t b, int64_t j, int64_t wide, int64_t from)
+// x [b, 1, h, d], turns [b, 2 pairs], y: a unit is a head of a row.
+static void rope(const Tape& t, const Ins& x, Span s)
 {
-    const int64_t m = t.rooms[a.slot];
-    return {start(t, a) + ((b * m + (j < m ? j : j % m)) * wide + from) * bytes(a.type), a.type, 1};
-}
-
-// cache, x [b, 1, g, d], at; only a ring may turn.
-static bool cache_write(const Tape& t, const Ins& x)
-{
-    const int64_t g = x.size[2], d = x.size[3];
-    for (int64_t b = 0; b < x.size[0]; b++) {
-        const int64_t j = whole(t, x.arg[2], b);
-        if (j < 0 || (!x.whole[0] && j >= t.rooms[x.arg[0].slot])) return false;
-        for (int64_t h = 0; h < g; h++) {
-            const Line from = line(t, x.arg[1], b, 0, h), to = token_of(t, x.arg[0], b, j, g * d, h * d);
-            for (int64_t i = 0; i < d; i += W) put(to, i, few(i, d), get(from, i, few(i, d)));
+    const int64_t pairs = x.whole[0], heads = x.size[2], d = x.size[3];
+    const float way = x.whole[2] ? -1 : 1;
+    for (int64_t r = s.first; r < s.end && r < x.size[0] * heads; r++) {
+        const float* turn = (const float*)start(t, x.arg[1]) + r / heads * 2 * pairs;
+        const Line from = line(t, x.arg[0], r / heads, 0, r % heads), to = line(t, x.arg[2], r / heads, 0, r % heads);
+        int64_t i = 0;
+        for (; !x.whole[1] && i + W <= pairs; i += W) {
+            const Vec a = get(from, i, W), c = get(from, i + pairs, W), sine = way * at(turn + pairs + i);
+            put(to, i, W, a * at(turn + i) - c * sine);
+            put(to, i + pairs, W, c * at(turn + i) + a * sine);
         }
-    }
-    return true;
-}
-"""
-
-ATTENTION = """\
-constexpr int HEAD = 576, GROUP = 16, KEYS = 64;  // channels of a head, query heads that share keys, keys at a time
-
-struct Softmax {
-    float q[HEAD], o[HEAD], most, total;
-};
-
-static inline float dot(const Line& a, const float* b, int64_t n)
-{
-    Vec total = {};
-    for (int64_t i = 0; i < n; i += W) {
-        if (few(i, n) == W) total += get(a, i, W) * at(b + i);
-        else for (int64_t j = i; j < n; j++) total[j - i] += number(a, j) * b[j];
-    }
-    return sum(total);
-}
-
-// Some keys more: what is there so far is scaled to the new largest logit.
-static void more(const Tape& t, const Ins& x, Softmax& s, int64_t b, int64_t g, int64_t first, int64_t end)
-{
-    const int64_t keys = x.size[1], d = x.whole[0], e = x.whole[1];
-    const float scale = (float)x.num[0], cap = (float)x.num[1];
-    float logits[KEYS] = {}, most = s.most;
-    for (int64_t j = first; j < end; j++) {
-        float y = dot(token_of(t, x.arg[1], b, j, keys * d, g * d), s.q, d) * scale;
-        y = cap > 0 ? tanhf(y / cap) * cap : y;
-        logits[j - first] = y;
-        most = y > most ? y : most;
-    }
-    const float keep = s.total > 0 ? expf(s.most - most) : 0;
-    for (int64_t i = 0; i < e; i++) s.o[i] *= keep;
-    s.total *= keep, s.most = most;
-    for (int i = 0; i < KEYS; i += W) at(logits + i) = exp_of(at(logits + i) - most);
-    for (int64_t j = first; j < end; j++) {
-        const Line v = token_of(t, x.arg[2], b, j, keys * e, g * e);
-        const float p = logits[j - first];
-        s.total += p;
-        for (int64_t i = 0; i < e; i += W) {
-            if (few(i, e) == W) at(s.o + i) += p * get(v, i, W);
-            else for (int64_t n = i; n < e; n++) s.o[n] += p * number(v, n);
+        for (; i < pairs; i++) {
+            const int64_t first = x.whole[1] ? 2 * i : i, second = x.whole[1] ? 2 * i + 1 : i + pairs;
+            const float a = number(from, first), c = number(from, second), sine = way * turn[pairs + i];
+            put_number(to, first, a * turn[i] - c * sine);
+            put_number(to, second, c * turn[i] + a * sine);
         }
+        for (i = 2 * pairs; i < d; i++) put_number(to, i, number(from, i));
     }
-}
-
-// q [b, 1, h, d], k and v caches, sinks [h], at, o [b, 1, h, e]: the query heads of one key head.
-static void attend(const Tape& t, const Ins& x, int64_t b, int64_t g)
-{
-    const int64_t r = x.size[2], d = x.whole[0], e = x.whole[1], window = x.whole[2];
-    const int64_t last = whole(t, x.arg[4], b), room = t.rooms[x.arg[1].slot], seen = window && window < room ? window : room;
-    const int64_t from = last >= seen ? last - seen + 1 : 0;
-    Softmax s[GROUP];
-    for (int64_t i = 0; i < r; i++) {
-        const Line q = line(t, x.arg[0], b, 0, g * r + i);
-        for (int64_t n = 0; n < d; n++) s[i].q[n] = number(q, n);
-        for (int64_t n = 0; n < e; n++) s[i].o[n] = 0;
-        const bool sink = x.arg[3].slot >= 0;
-        s[i].most = sink ? number(line(t, x.arg[3], 0, 0, 0), g * r + i) : -INFINITY;
-        s[i].total = sink ? 1 : 0;
-    }
-    for (int64_t j = from; j <= last; j += KEYS)
-        for (int64_t i = 0; i < r; i++) more(t, x, s[i], b, g, j, j + KEYS <= last ? j + KEYS : last + 1);
-    for (int64_t i = 0; i < r; i++) {
-        const Line o = line(t, x.arg[5], b, 0, g * r + i);
-        for (int64_t n = 0; n < e; n++) put_number(o, n, s[i].o[n] / s[i].total);
-    }
-}
-
-static void attention(const Tape& t, const Ins& x)
-{
-    const int64_t keys = x.size[1];
-#pragma omp parallel for num_threads(t.threads) schedule(static) if (t.threads > 1 && whole(t, x.arg[4], 0) > 512)
-    for (int64_t i = 0; i < x.size[0] * keys; i++) attend(t, x, i / keys, i % keys);
 }
 """
 
@@ -158,12 +85,12 @@ static inline void write(uint16_t* p, float x) { *p = to_bf16(x); }
 
 // x [b, 1, c], w [c, k], bias [c], state [b, c, k-1], y, final, side by side and of one type but for w and bias; the state may
 // be where the final goes. K = 0: any number of taps.
-template <int K, class T, class U> static void conv_taps(const Tape& t, const Ins& x)
+template <int K, class T, class U> static void conv_taps(const Tape& t, const Ins& x, Span s)
 {
     const int64_t k = K ? K : x.whole[0], channels = x.size[2];
     const Line bias = line(t, x.arg[2], 0, 0, 0);
     const U* w = (const U*)start(t, x.arg[1]);
-    for (int64_t b = 0; b < x.size[0]; b++) {
+    for (int64_t b = s.first; b < s.end && b < x.size[0]; b++) {
         const T *now = (const T*)line(t, x.arg[0], b, 0, 0).p, *past = (const T*)line(t, x.arg[3], b, 0, 0).p;
         T* next = (T*)line(t, x.arg[5], b, 0, 0).p;
         const Line y = line(t, x.arg[4], b, 0, 0);
@@ -186,23 +113,24 @@ template <int K, class T, class U> static void conv_taps(const Tape& t, const In
     }
 }
 
-template <class T, class U> static void conv_of(const Tape& t, const Ins& x)
+template <class T, class U> static void conv_of(const Tape& t, const Ins& x, Span s)
 {
     switch (x.whole[0]) {
-    case 2: return conv_taps<2, T, U>(t, x);
-    case 3: return conv_taps<3, T, U>(t, x);
-    case 4: return conv_taps<4, T, U>(t, x);
-    default: return conv_taps<0, T, U>(t, x);
+    case 2: return conv_taps<2, T, U>(t, x, s);
+    case 3: return conv_taps<3, T, U>(t, x, s);
+    case 4: return conv_taps<4, T, U>(t, x, s);
+    default: return conv_taps<0, T, U>(t, x, s);
     }
 }
 
-static void conv(const Tape& t, const Ins& x)
+// A unit is a row.
+static void conv(const Tape& t, const Ins& x, Span s)
 {
     const bool f = x.arg[0].type == F32, wide = x.arg[1].type == F32;
-    if (f && wide) conv_of<float, float>(t, x);
-    else if (f) conv_of<float, uint16_t>(t, x);
-    else if (wide) conv_of<uint16_t, float>(t, x);
-    else conv_of<uint16_t, uint16_t>(t, x);
+    if (f && wide) conv_of<float, float>(t, x, s);
+    else if (f) conv_of<float, uint16_t>(t, x, s);
+    else if (wide) conv_of<uint16_t, float>(t, x, s);
+    else conv_of<uint16_t, uint16_t>(t, x, s);
 }
 
 constexpr int WIDEST = 512;  // channels of a head of a recurrence
@@ -258,11 +186,11 @@ static void recur(const Tape& t, const Ins& x, int64_t b, int64_t h)
     for (int64_t i = 0; i < n; i++) put_number(lo, i, o[i]);
 }
 
-static void recurrence(const Tape& t, const Ins& x)
+// A unit is a head of a row.
+static void recurrence(const Tape& t, const Ins& x, Span s)
 {
-    const int64_t heads = x.size[2], work = x.size[0] * heads;
-#pragma omp parallel for num_threads(t.threads) schedule(static) if (t.threads > 1 && work * x.whole[0] * x.whole[1] > SMALL)
-    for (int64_t i = 0; i < work; i++) recur(t, x, i / heads, i % heads);
+    const int64_t heads = x.size[2];
+    for (int64_t i = s.first; i < s.end && i < x.size[0] * heads; i++) recur(t, x, i / heads, i % heads);
 }
 """
 
@@ -299,10 +227,10 @@ static void limit(float* choice, int64_t n, int64_t groups, int64_t keep, int64_
 }
 
 // logits [m, e], bias [e], weights [m, k], experts [m, k]
-static void route(const Tape& t, const Ins& x)
+static void route(const Tape& t, const Ins& x, Span s)
 {
     const int64_t n = x.size[3], k = x.whole[0];
-    for (int64_t m = 0; m < x.size[2]; m++) {
+    for (int64_t m = s.first; m < s.end && m < x.size[2]; m++) {
         const Line logits = line(t, x.arg[0], 0, 0, m), bias = line(t, x.arg[1], 0, 0, 0);
         float scores[CHOICES], choice[CHOICES], most = -INFINITY, total = 0;
         for (int64_t j = 0; j < n; j++) most = number(logits, j) > most ? number(logits, j) : most;
@@ -343,31 +271,43 @@ static void dispatch(const Tape& t, const Ins& x)
     }
 }
 
-// rows [n, i] in float32, w [e, o, i], counts [e], y [n, o]
-static void grouped(const Tape& t, const Ins& x)
+// rows [n, i] in float32, w [e, o, i], counts [e], y [n, o]: a unit is a block of outputs, of all experts.
+static void grouped(const Tape& t, const Ins& x, Span s)
 {
     const int64_t* counts = (const int64_t*)start(t, x.arg[2]);
-    const int64_t o = x.size[1], depth = x.size[2];
-    const char* w = start(t, x.arg[1]);
+    const int64_t depth = x.size[2];
+    const Span own = outputs(s, x.size[1]);
     const Line none = {nullptr, F32, 0};
     Line y[MOST];
     for (int64_t e = 0, at = 0; e < x.whole[0]; at += counts[e], e++) {
         if (!counts[e]) continue;
         for (int64_t m = 0; m < counts[e]; m++) y[m] = line(t, x.arg[3], 0, 0, at + m);
-        linear(t, (const float*)start(t, x.arg[0]) + at * depth, depth, w + e * o * depth * bytes(x.arg[1].type), x.arg[1].type,
-               depth, none, y, counts[e], o);
+        const Line w = line(t, x.arg[1], 0, e, 0);
+        const Matrix one = {w.p, w.type, x.arg[1].stride[2], x.arg[1].stride[3], depth};
+        linear((const float*)start(t, x.arg[0]) + at * depth, depth, one, none, y, counts[e], own.first, own.end);
     }
 }
 
+// w [e, d], counts [e], y [n, d]
+static void spread_experts(const Tape& t, const Ins& x)
+{
+    const int64_t* counts = (const int64_t*)start(t, x.arg[1]);
+    for (int64_t e = 0, n = 0; e < x.whole[0]; e++)
+        for (int64_t i = 0; i < counts[e]; i++, n++) {
+            const Line from = line(t, x.arg[0], 0, 0, e), to = line(t, x.arg[2], 0, 0, n);
+            for (int64_t j = 0; j < x.size[3]; j += W) put(to, j, few(j, x.size[3]), get(from, j, few(j, x.size[3])));
+        }
+}
+
 // rows [n, d], order [n], weights [m, k] in float32, y [m, d]
-static void combine(const Tape& t, const Ins& x)
+static void combine(const Tape& t, const Ins& x, Span s)
 {
     const int64_t k = x.whole[0], n = x.size[2] * k, d = x.size[3];
     const int64_t* order = (const int64_t*)start(t, x.arg[1]);
     const float* weights = (const float*)start(t, x.arg[2]);
     int64_t back[MOST];
     for (int64_t i = 0; i < n; i++) back[order[i]] = i;
-    for (int64_t m = 0; m < x.size[2]; m++) {
+    for (int64_t m = s.first; m < s.end && m < x.size[2]; m++) {
         const Line y = line(t, x.arg[3], 0, 0, m);
         for (int64_t j = 0; j < d; j += W) {
             Vec total = {};

@@ -32,7 +32,8 @@ class Ins(ctypes.Structure):
     """One instruction, as C++ reads it."""
 
     _fields_ = (
-        ("kind", c_int64), ("size", c_int64 * DIMS), ("whole", c_int64 * 6), ("num", c_double * 4), ("arg", Arg * OPERANDS),
+        ("kind", c_int64), ("units", c_int64), ("wait", c_int64), ("size", c_int64 * DIMS), ("whole", c_int64 * 6),
+        ("num", c_double * 4), ("arg", Arg * OPERANDS),
     )  # fmt: skip
 
 
@@ -63,6 +64,7 @@ class Tape:
     steps: list[Step] = field(default_factory=list[Step])
     constants: list[tuple[Tensor, Tensor]] = field(default_factory=list[tuple[Tensor, Tensor]])  # shape, numbers
     frequencies: dict[tuple[Any, ...], Tensor] = field(default_factory=dict[tuple[Any, ...], Tensor])
+    turned: dict[tuple[Any, ...], Tensor] = field(default_factory=dict[tuple[Any, ...], Tensor])  # by frequencies and place
 
     def new(self, *shape: int, dtype: torch.dtype) -> Tensor:
         """A result that is still to be filled."""
@@ -131,9 +133,9 @@ def argument(x: Tensor | None, slots: dict[int, int], moved: dict[int, int]) -> 
     return made
 
 
-def instruction(step: Step, slots: dict[int, int], moved: dict[int, int]) -> Ins:
+def instruction(step: Step, units: int, wait: bool, slots: dict[int, int], moved: dict[int, int]) -> Ins:
     """A step as C++ reads it."""
-    made = Ins(NUMBER[step.kind])
+    made = Ins(NUMBER[step.kind], units, wait)
     made.size[:] = [1] * (DIMS - len(step.size)) + list(step.size)
     made.whole[: len(step.whole)] = list(step.whole)
     made.num[: len(step.num)] = list(step.num)

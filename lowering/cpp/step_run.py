@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from ctypes import c_int64, c_void_p
+from ctypes import c_int64
+from dataclasses import dataclass, field
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -14,8 +16,9 @@ from .build import addressable
 from .step import Calls, Plan, machine, plan
 from .step_record import NUMBER, Step, Tensor, key
 
-BATCH = 8  # rows above which a matrix product is better than reading weights for each few of them
+BATCH = 32  # rows up to which reading weights once for a few of them is better than a library's product
 PLANS = 64  # kept at a time; a plan is made anew in milliseconds
+DTYPE = attrgetter("dtype")
 
 
 def step_of(graph: Graph, target: str) -> Callable[[Calls], Stepper] | None:
@@ -28,7 +31,7 @@ class Stepper:
 
     def __init__(self, graph: Graph, target: str, calls: Calls) -> None:
         self.graph, self.target, self.calls = graph, target, calls
-        self.known: tuple[Any, dict[Any, Plan | None]] = ((), {})  # plans for parameters that are where they are
+        self.known: tuple[Any, dict[Any, Ready | None]] = ((), {})  # plans for parameters that are where they are
         # A cache's room may change from call to call; every other size makes a plan of its own.
         self.roomy = [len(v.type.dims) == 4 and isinstance(v.type.dims[1].size, str) for v in graph.inputs]
 
@@ -48,13 +51,13 @@ class Stepper:
         inputs = [x if x.is_floating_point() else x.contiguous() for x in inputs]
         if not addressable(*inputs) or not all(x.is_contiguous() for x in inputs):
             return None
-        where = [p.data_ptr() for p in params]
-        made = self._plan(inputs, params, where)
-        return None if made is None else _run(made, inputs, params, where, in_place)
+        where = [*map(Tensor.data_ptr, params)]
+        made = self._ready(inputs, params, where)
+        return None if made is None else made.run(inputs, params, where, in_place)
 
-    def _plan(self, inputs: Sequence[Tensor], params: Sequence[Tensor], where: list[int]) -> Plan | None:
+    def _ready(self, inputs: Sequence[Tensor], params: Sequence[Tensor], where: list[int]) -> Ready | None:
         """The plan for tensors like these; parameters are looked at again when they have moved."""
-        weights = (where, [p.dtype for p in params], [p.stride() for p in params])
+        weights = (where, [*map(DTYPE, params)], [*map(Tensor.stride, params)])
         if weights != self.known[0]:
             self.known = (weights, {})
         plans = self.known[1]
@@ -64,8 +67,9 @@ class Stepper:
         known = tuple((x.dtype, shape) for x, shape in zip(inputs, rooms, strict=True))
         if known not in plans:
             sizes = _sizes(self.graph, inputs)
-            ready = machine() is not None and sizes is not None
-            plans[known] = plan(self.graph, self.target, self.calls, inputs, params, sizes or {}) if ready else None
+            able = machine() is not None and sizes is not None
+            made = plan(self.graph, self.target, self.calls, inputs, params, sizes or {}) if able else None
+            plans[known] = made and Ready(made)
         return plans[known]
 
 
@@ -88,15 +92,47 @@ def _sizes(graph: Graph, inputs: Sequence[Tensor]) -> dict[str, int] | None:
     return found
 
 
+@dataclass(frozen=True)
+class Frame:
+    """The tables of a run, in which parameters, constants and the arena stand already; one run at a time has it."""
+
+    arena: Tensor
+    base: Any
+    rooms: Any
+
+
+def _frame(made: Plan, where: Sequence[int], inputs: Sequence[Tensor]) -> Frame:
+    arena, later = torch.empty(made.arena, dtype=torch.uint8), [0] * (len(inputs) + made.calls)
+    known = [*where, *later, *map(Tensor.data_ptr, made.constants), *([0] * len(made.fresh)), arena.data_ptr()]
+    return Frame(arena, (c_int64 * len(known))(*known), (c_int64 * len(known))())
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A plan with the frames that no run has at the moment, so that a steady step makes none."""
+
+    plan: Plan
+    spare: list[Frame] = field(default_factory=list[Frame])
+
+    def run(self, inputs: Sequence[Tensor], params: Sequence[Tensor], where: list[int], in_place: bool) -> tuple[Tensor, ...]:
+        frame = self.spare.pop() if self.spare else _frame(self.plan, where, inputs)
+        results = _run(self.plan, frame, inputs, params, in_place)
+        self.spare.append(frame)
+        return results
+
+
 def _run(
-    made: Plan, inputs: Sequence[Tensor], params: Sequence[Tensor], where: list[int], in_place: bool
+    made: Plan, frame: Frame, inputs: Sequence[Tensor], params: Sequence[Tensor], in_place: bool
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    arena = torch.empty(made.arena, dtype=torch.uint8)
+    base, rooms, first = frame.base, frame.rooms, len(params)
     over = made.over if in_place else {}
     fresh = [inputs[over[i]] if i in over else torch.empty(x.shape, dtype=x.dtype) for i, x in enumerate(made.fresh)]
-    more: list[Tensor | None] = [*inputs, *([None] * made.calls), *made.constants, *fresh, arena]
-    base = (c_void_p * (len(where) + len(more)))(*where, *(None if x is None else x.data_ptr() for x in more))
-    rooms = (c_int64 * len(base))(*([0] * len(where)), *(x.shape[1] if x.dim() == 4 else 0 for x in inputs))
+    for i, x in enumerate(inputs, first):
+        base[i] = x.data_ptr()
+        rooms[i] = x.shape[1] if x.dim() == 4 else 0
+    for i, x in enumerate(fresh, len(base) - 1 - len(fresh)):
+        base[i] = x.data_ptr()
+    more: list[Tensor | None] = [*inputs, *([None] * made.calls), *made.constants, *fresh, frame.arena]
     table: list[Tensor | None] = [*params, *more] if made.calls else more
     run, threads = machine(), torch.get_num_threads()
     for part in made.parts:
@@ -104,7 +140,7 @@ def _run(
             _call(made, part, table, base)
         elif stopped := run(part, len(part), base, rooms, threads):
             raise _outside(part[stopped - 1])
-    given = {"input": inputs, "fresh": fresh, "call": table[len(where) + len(inputs) :]}
+    given = {"input": inputs, "fresh": fresh, "call": table[first + len(inputs) :]}
     return tuple(given[kind][i] for kind, i in made.results)  # type: ignore[misc] # what torch code fills is filled
 
 
