@@ -8,8 +8,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-# One thread per test process: two of them on two cores, and numpy's own threads would only wait for each other.
-ONE_THREAD := OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1
+# One thread per test process: two of them on two cores, and numpy's own threads would only wait for each other. Inductor
+# would start processes of its own beside each that compiles.
+ONE_THREAD := OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1
 
 .PHONY: demo test lint bench docs families oracle clean
 
@@ -17,7 +18,7 @@ demo: $(READY)
 	$(BIN)/python examples/demo.py $(DEMO)
 
 test: $(READY)
-	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 $(TESTS)
+	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(TESTS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -6,7 +6,8 @@ import difflib
 import inspect
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 from .errors import TypeMismatch
@@ -76,4 +77,9 @@ def _shown(value: Any) -> str:
 
 def attr_kind(op: OpDef, name: str) -> str:
     """The written type of an attribute, `float | None`."""
-    return str(inspect.signature(op.reference).parameters[name].annotation)
+    return _kinds(op.reference)[name]
+
+
+@cache
+def _kinds(reference: Callable[..., Any]) -> dict[str, str]:
+    return {p.name: str(p.annotation) for p in inspect.signature(reference).parameters.values()}

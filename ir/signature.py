@@ -95,6 +95,8 @@ def rest_letters(count: int) -> tuple[str, ...]:
 
 def spread(axes: Sequence[Axis], rest: int) -> list[Axis]:
     """Replace an ellipsis by as many letters as it stands for."""
+    if not any("..." in axis.letters for axis in axes):
+        return [*axes]
     out = list[Axis]()
     for axis in axes:
         if axis.letters == ("...",):
@@ -106,6 +108,8 @@ def spread(axes: Sequence[Axis], rest: int) -> list[Axis]:
 
 def alias(operand: Operand, same: Mapping[str, str]) -> Operand:
     """The operand with each letter replaced by the one it equals."""
+    if not same:
+        return operand
     axes = tuple(Axis(tuple(same.get(x, x) for x in a.letters), a.offset) for a in operand.axes)
     return Operand(operand.name, axes, operand.dtype, operand.optional)
 

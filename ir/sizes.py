@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 
 from .errors import TypeMismatch
 
@@ -15,8 +16,11 @@ _SIZE = re.compile(r"^(?P<product>{0}(?:\*{0})*)(?P<offset>[+-]\d+)?$".format(r"
 
 def _parts(size: Size) -> tuple[int, list[str], int]:
     """Coefficient, symbols, and constant term of a size."""
-    if isinstance(size, int):
-        return size, [], 0
+    return (size, [], 0) if isinstance(size, int) else _read(size)
+
+
+@lru_cache(4096)
+def _read(size: str) -> tuple[int, list[str], int]:
     found = _SIZE.match(size)
     if not found:
         raise TypeMismatch(f"not a size: {size!r}; a size is a number, or text such as `4*b*s` or `n+1`")

@@ -1,4 +1,6 @@
-"""What every test starts from: one seed."""
+"""What every test starts from: one seed, and a heap of modules that is not searched for garbage again and again."""
+
+import gc
 
 import pytest
 import torch
@@ -6,6 +8,11 @@ from hypothesis import settings
 
 settings.register_profile("plait", deadline=None, derandomize=True)  # a shared machine is slow at times
 settings.load_profile("plait")
+
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

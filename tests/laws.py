@@ -126,6 +126,12 @@ def same(got: Any, want: Any, tolerance: float = 1e-12) -> None:
             torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, equal_nan=False)
 
 
+def error(got: Tensor, want: Tensor) -> float:
+    """Norm of the difference over the norm of what is wanted."""
+    assert got.shape == want.shape and got.isfinite().all()
+    return float((got.double() - want.double()).norm() / want.double().norm().clamp_min(1e-30))
+
+
 def uses(op: OpDef, xs: Operands, attrs: dict[str, Any], letter: str) -> list[tuple[int, int]]:
     """(operand, dim) wherever a letter stands."""
     return [(u.operand, u.position) for u in op.bind(types_of(xs), full(op, attrs)).uses[letter]]

@@ -55,23 +55,23 @@ class Case:
 
 
 def cases(world: int, full: bool) -> Iterator[Case]:
-    """Every way, dense and packed, in both orders; tensor parallel alone and beside tokens."""
-    orders = [("natural", False), ("natural", True), ("zigzag", False), ("zigzag-packed", True)]
+    """Every way, dense and packed, in both orders; tensor parallel alone and beside tokens; or a sample with each of them."""
+    orders = [("natural", False), ("zigzag-packed", True), ("zigzag", False), ("natural", True)]
     for i, (attention, recurrence) in enumerate(WAYS):
         for j, (order, packed) in enumerate(orders):
-            if full or (i < 4 and (i + j) % 2 == 0):
+            if full or i == j:
                 yield Case(f"cp={world}", attention, recurrence, order, packed)
-    for packed in (False, True):
-        yield Case(f"tp={world}", packed=packed)
+    yield Case(f"tp={world}", packed=True)
     if world == 4:
-        for attention, recurrence in WAYS if full else WAYS[:3:2]:
+        for attention, recurrence in WAYS if full else WAYS[:1]:
             for packed in (False, True) if full else (False,):
                 yield Case("cp=2,tp=2", attention, recurrence, packed=packed)
         yield Case("dp=2,cp=2", "ring", "chain", "zigzag")
         yield Case("cp=2,tp=2", "ring", "chain", "zigzag-packed", packed=True)
         yield Case("ring=2,cp=2", order="zigzag")
-    yield Case(f"dp={world}")
-    yield Case(f"ep={world}")
+        yield Case("dp=2,ep=2")
+    for axis in ("tp", "dp", "ep") if full else ():
+        yield Case(f"{axis}={world}")
 
 
 def before(case: Case) -> Graph:
@@ -87,13 +87,12 @@ def expected(graph: Graph, sample: Sample) -> dict[str, Tensor]:
 
 
 def worst(case: Case, here: meshes.Place) -> tuple[float, str]:
-    """The largest relative difference of loss and gradients from one process, and what differs."""
+    """The largest relative difference of loss and gradients from one process, and what differs; rank 0 knows it."""
     graph = before(case)
     after, _ = place(graph, mesh=case.mesh, attention=case.attention, recurrence=case.recurrence, order=case.order)
     drawn = draw(graph, (after, EIGHTHS, *([] if case.packed else [ROWS])))
     # As a model starts out: numbers at which float32 itself is good for the bound.
     sample = replace(drawn, params={k: x.double() for k, x in initial(graph, 0).items()})
-    want = expected(graph, sample)
     cu = next((sample.inputs[v.name] for v in graph.inputs if is_borders(graph, v)), None)
     inputs = [arranged(sample.inputs[v.name], v.type, cu) for v in after.inputs]
     named = {k: sample.params[k].float() for k in parameters(after)}
@@ -102,6 +101,9 @@ def worst(case: Case, here: meshes.Place) -> tuple[float, str]:
     names = [*made.params]
     done = [replace(types[k], partial=frozenset()) for k in names]
     whole = spmd.gathered([made.params[k] for k in names], done, here)
+    if here.rank:
+        return 0.0, ""
+    want = expected(graph, sample)
     found = {"loss": made.results[0]} | {k: natural(x, t) for k, x, t in zip(names, whole, done, strict=True)}
     # A tensor far below the largest gradient is held to a thousandth of that one: it is rounding of larger numbers.
     largest = max(float(want[k].abs().max()) for k in names)

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from functools import cache
 
 import torch
 from plait.frontends.build import build
 from plait.frontends.load import load_spec
-from plait.frontends.presets import PRESETS
-from plait.frontends.shrink import shrink
-from plait.ir import Graph, Mesh, dump, evaluate, ops, parse, simulate
-from plait.passes import Remark, check_types, differentiate, validate
+from plait.ir import Graph, Mesh, evaluate, ops, parse, simulate
+from plait.passes import Remark, check_types
 from plait.passes.samples import draw
 
-TINY = [p.name for p in PRESETS if p.name.endswith("-tiny") or p.name == "demo"]
+from tests import programs
+
 WIDE = {
     "name": "wide", "vocab": 64, "hidden": 20, "blocks": ["gdn", "attention", "mamba2", "kda", "mlp", "moe"],
     "gdn": {"key_heads": 2, "value_heads": 8, "key_dim": 4, "value_dim": 5},
@@ -27,23 +25,15 @@ WIDE = {
 }  # fmt: skip
 
 
-@cache
-def preset(name: str, task: str = "loss", packed: bool = False) -> Graph:
-    return build(shrink(load_spec(name)), task=task, dtype="f64", packed=packed)
-
-
 def wide(task: str = "loss", packed: bool = False, training: bool = False, **fields: object) -> Graph:
     return build(load_spec({**WIDE, **fields}), task=task, dtype="f64", packed=packed, training=training)
 
 
 def agree(before: Graph, after: Graph, *, gradients: bool = False) -> None:
     """Well typed, the same when read back, and the same numbers and gradients on ranks; with `gradients`, as IR too."""
-    check_types(after)
-    assert parse(dump(after)) == after
-    for made, own in [(after, False), *([(differentiate(after)[0], True)] if gradients else [])]:
-        report = validate(before, made, "reassociates", gradients=own)
-        assert report.ok and report.rows, report
-        assert max(r.error for r in report.rows) <= 1e-10, report.worst
+    programs.agree(before, after)
+    if gradients:
+        programs.gradients_agree(before, programs.gradients(after))
 
 
 def agree_on(before: Graph, after: Graph, mesh: Mesh, dim: str = "s") -> None:

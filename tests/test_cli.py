@@ -5,14 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from plait.__main__ import app
 from plait.cli_output import Table, count, size
 from plait.cli_report import arithmetic, report, traffic, work
 from plait.frontends import PRESETS, build, dump_spec, load_spec, parameter_count
 from plait.ir import OPS, Graph, PassError, parse
 from plait.lowering import lower
 from plait.passes import DEFAULT, PASSES, Pipeline, register
-from typer.testing import CliRunner, Result
+
+from tests.command import bad, good
 
 GATE = """def gate(x: f32[b, s, 64], g: f32[b, s, 64], *, w: f32[64] = constant(1.0), w2: f32[3, 64] = normal(0.02)):
     n = rms_norm(x, w, eps=1e-06)
@@ -33,29 +33,6 @@ def norm_gate(x: f32[b, s, 64], w: f32[64], g: f32[b, s, 64]):
     y = mul(n, a)
     return y
 """
-
-
-def run(*args: str, stdin: str | bytes | None = None) -> Result:
-    """One command in this process; anything but an exit is a bug."""
-    result = CliRunner().invoke(app, [*args], input=stdin)
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
-
-
-def good(*args: str, stdin: str | bytes | None = None) -> Result:
-    result = run(*args, stdin=stdin)
-    assert result.exit_code == 0, result.stderr
-    return result
-
-
-def bad(*args: str, stdin: str | bytes | None = None) -> str:
-    """The message of a user's error: exit code 1, nothing on stdout, no traceback, one screen."""
-    result = run(*args, stdin=stdin)
-    assert (result.exit_code, result.stdout) == (1, ""), result.output
-    assert result.stderr.startswith("plait: error: ") and "Traceback" not in result.stderr
-    assert len(result.stderr.splitlines()) < 50
-    return result.stderr
 
 
 @pytest.fixture(autouse=True)

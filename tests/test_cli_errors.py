@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from plait.__main__ import app
 from plait.ir import parse
-from typer.testing import CliRunner, Result
+
+from tests.command import bad, good, run, wrong
 
 GATE = """def gate(x: f32[b, s, 64], g: f32[b, s, 64], *, w: f32[64] = constant(1.0)):
     n = rms_norm(x, w, eps=1e-06)
@@ -18,36 +18,6 @@ GATE = """def gate(x: f32[b, s, 64], g: f32[b, s, 64], *, w: f32[64] = constant(
     return y
 """
 NESTED = f"def f(x: f32[{'(' * 10**5}1{')' * 10**5}]):\n    y = silu(x)\n    return y\n"
-
-
-def run(*args: str, stdin: str | bytes | None = None) -> Result:
-    """One command in this process; anything but an exit is a bug."""
-    result = CliRunner().invoke(app, [*args], input=stdin)
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
-
-
-def good(*args: str, stdin: str | bytes | None = None) -> Result:
-    result = run(*args, stdin=stdin)
-    assert result.exit_code == 0, result.stderr
-    return result
-
-
-def bad(*args: str, stdin: str | bytes | None = None) -> str:
-    """The message of a user's error: exit code 1, nothing on stdout, no traceback, one screen."""
-    result = run(*args, stdin=stdin)
-    assert (result.exit_code, result.stdout) == (1, ""), result.output
-    assert result.stderr.startswith("plait: error: ") and "Traceback" not in result.stderr
-    assert len(result.stderr.splitlines()) < 50
-    return result.stderr
-
-
-def wrong(*args: str) -> str:
-    """The message of wrong usage: exit code 2, nothing on stdout."""
-    result = run(*args)
-    assert (result.exit_code, result.stdout) == (2, ""), result.output
-    return result.stderr
 
 
 @pytest.fixture(autouse=True)

@@ -7,35 +7,21 @@ import sys
 from pathlib import Path
 
 import pytest
-from plait.__main__ import app
 from plait.cli_calibrate import Sample, fit
 from plait.frontends import build, load_spec
 from plait.ir import parse_mesh
 from plait.passes import Pipeline
 from plait.passes.machine import load_machine
 from plait.passes.plan import plan
-from typer.testing import CliRunner
+
+from tests.command import bad, said
 
 QWEN = "qwen3-next-80b-a3b"
 LONG = (QWEN, "--mesh", "cp=8", "--seq", "131072", "--machine", "h200")
 
 
-def good(*args: str, stdin: str | None = None) -> str:
-    result = CliRunner().invoke(app, [*args], input=stdin)
-    assert result.exit_code == 0, result.output
-    return result.stdout
-
-
-def bad(*args: str) -> str:
-    """The message of a user's error: exit code 1, nothing on stdout, no traceback."""
-    result = CliRunner().invoke(app, [*args])
-    assert (result.exit_code, result.stdout) == (1, ""), result.output
-    assert result.stderr.startswith("plait: error: ") and "Traceback" not in result.stderr
-    return result.stderr
-
-
 def test_every_remedy_has_a_price_and_one_is_chosen() -> None:
-    text = good("explain", *LONG)
+    text = said("explain", *LONG)
     assert "gdn, 36 calls" in text and "self_attention, 12 calls" in text
     rows = [line.split() for line in text.splitlines()]
     kinds = ["heads", "states", "scan", "chain", "gather", "heads", "kv", "ring", "gather"]
@@ -48,7 +34,7 @@ def test_every_remedy_has_a_price_and_one_is_chosen() -> None:
 
 
 def test_json_says_what_the_plan_says() -> None:
-    found = json.loads(good("explain", *LONG, "--json"))
+    found = json.loads(said("explain", *LONG, "--json"))
     made = plan(build(load_spec(QWEN)), parse_mesh("cp=8"), load_machine("h200"), seq=131072)
     assert found["sent"] == made.sent and found["reference_sent"] == made.reference and found["place"] == made.place
     assert found["seconds"] == {"forward": made.forward, "training": made.training}
@@ -61,14 +47,14 @@ def test_json_says_what_the_plan_says() -> None:
 
 
 def test_what_cannot_be_has_its_reason() -> None:
-    text = good("explain", "mamba-2-2.7b", "--mesh", "cp=64", "--seq", "1048576")
+    text = said("explain", "mamba-2-2.7b", "--mesh", "cp=64", "--seq", "1048576")
     assert "cannot be: o of ssd has 80 heads; they must be a multiple of cp=64" in text and "it would refuse" in text
-    odd = good("explain", "demo", "--mesh", "cp=2", "--seq", "4098")
+    odd = said("explain", "demo", "--mesh", "cp=2", "--seq", "4098")
     assert "cannot be: a sequence has 4098 tokens; zigzag needs a multiple of 2 x cp = 4" in odd and "order=natural" in odd
 
 
 def test_packed_segments_have_their_own_balance() -> None:
-    packed = json.loads(good("explain", "demo", "--mesh", "cp=2", "--seq", "4096", "--lengths", "512,3072,512", "--json"))
+    packed = json.loads(said("explain", "demo", "--mesh", "cp=2", "--seq", "4096", "--lengths", "512,3072,512", "--json"))
     assert "order=zigzag-packed" in packed["place"] or packed["order"] == "natural"
     attention = next(x for x in packed["layers"] if x["layer"] == "self_attention")
     found = {(o["remedy"], o["order"]): o["price"]["balance"] for o in attention["offers"]}
@@ -77,15 +63,15 @@ def test_packed_segments_have_their_own_balance() -> None:
 
 
 def test_a_program_that_cannot_be_placed_is_priced_all_the_same() -> None:
-    text = good("explain", "demo", "--mesh", "cp=2,zz=3", "--seq", "64")
+    text = said("explain", "demo", "--mesh", "cp=2,zz=3", "--seq", "64")
     assert "the placed program cannot be made: pass place: mesh axis zz" in text and "chosen" in text
 
 
 def test_forced_ways_and_ir_and_stdin() -> None:
-    text = good("explain", "demo", "--mesh", "cp=2,tp=1", "--ways", "gdn=chain, self_attention=ring")
+    text = said("explain", "demo", "--mesh", "cp=2,tp=1", "--ways", "gdn=chain, self_attention=ring")
     assert "ways='gdn=chain mamba2=" in text and "self_attention=ring'" in text
-    ir = good("compile", "demo", "--emit=ir")
-    assert good("explain", "-", "--mesh", "cp=2", stdin=ir) == good("explain", "demo", "--mesh", "cp=2")
+    ir = said("compile", "demo", "--emit=ir")
+    assert said("explain", "-", "--mesh", "cp=2", stdin=ir) == said("explain", "demo", "--mesh", "cp=2")
 
 
 def test_the_pass_that_is_printed_places_the_program() -> None:
@@ -112,13 +98,13 @@ def test_mistakes(options: tuple[str, ...], why: str) -> None:
 
 def test_this_host_is_measured_and_then_explained(tmp_path: Path) -> None:
     out = tmp_path / "mine.toml"
-    found = json.loads(good("calibrate", "--machine-out", str(out), "--seconds", "0.001", "--json"))["measured"]
+    found = json.loads(said("calibrate", "--machine-out", str(out), "--seconds", "0.001", "--json"))["measured"]
     made, base = load_machine(out), load_machine("laptop")
     assert made.name == "mine" and [*tmp_path.iterdir()] == [out]
     assert all(made.numbers[k] == v > 0 for k, v in found.items()) and found["flops.f32"] > 1e8
     kept = {k: v for k, v in base.numbers.items() if k.startswith("links.")}
     assert kept.items() <= made.numbers.items() and "links as of laptop" in made.about
-    assert "node of mine" in good("explain", "demo", "--machine", str(out))
+    assert "node of mine" in said("explain", "demo", "--machine", str(out))
 
 
 def test_a_fit_finds_latency_and_bandwidth() -> None:

@@ -10,12 +10,12 @@ from typing import Any
 
 import plait.lowering.gpu.report as report
 import pytest
-from plait.__main__ import app
 from plait.cli_docs import TOKENS, cost_table, traffic_page
-from plait.cli_kernels import fused, kernels_of, presets, tables_of
+from plait.cli_kernels import fused, kernels_of, presets, step_launches, tables_of
 from plait.ir import dump
 from plait.lowering.gpu import TARGETS, Resources
-from typer.testing import CliRunner, Result
+
+from tests.command import bad, good, run
 
 ROOT = Path(__file__).parent.parent
 GLU = """def mlp(x: bf16[b, s, 2048], *, w: bf16[1024, 1024] = normal(0.02)):
@@ -26,27 +26,6 @@ GLU = """def mlp(x: bf16[b, s, 2048], *, w: bf16[1024, 1024] = normal(0.02)):
     return y
 """
 CODE = Resources(64, 0, 0, 1024, {}, 8, 8, 2, 2)
-
-
-def run(*args: str, stdin: str | None = None) -> Result:
-    result = CliRunner().invoke(app, [*args], input=stdin)
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
-
-
-def good(*args: str, stdin: str | None = None) -> Result:
-    result = run(*args, stdin=stdin)
-    assert result.exit_code == 0, result.stderr
-    return result
-
-
-def bad(*args: str, stdin: str | None = None) -> str:
-    """The message of a user's error: exit code 1, nothing on stdout, no traceback."""
-    result = run(*args, stdin=stdin)
-    assert (result.exit_code, result.stdout) == (1, ""), result.output
-    assert result.stderr.startswith("plait: error: ") and "Traceback" not in result.stderr
-    return result.stderr
 
 
 @pytest.fixture(autouse=True)
@@ -149,7 +128,7 @@ def test_kernels_are_chosen_by_name(glu: str) -> None:
         found = json.loads(good("kernels", "demo", glu, "--only", only, "--json").stdout)
         return [k["name"] for program in found["programs"] for k in program["kernels"]]
 
-    assert chosen("glu") == ["glu", "glu1", "glu"] and chosen("glu1,gates_backward1") == ["glu1", "gates_backward1"]
+    assert chosen("glu") == ["glu", "glu1", "glu"] and chosen("glu1,norm_gate_backward1") == ["glu1", "norm_gate_backward1"]
     assert "no kernel called glo; did you mean glu?" in bad("kernels", glu, "--only=glo")
 
 
@@ -200,6 +179,8 @@ def test_the_traffic_page_is_that_of_the_program() -> None:
 def test_the_kernel_page_has_the_kernels_of_the_program_and_none_spills() -> None:
     page = (ROOT / "docs" / "kernels.md").read_text()
     found = tables_of({name: fused(name) for name in presets()}, (), TOKENS, "", lambda done, total: None)
+    steps = {layer: n for layer, (n, _) in step_launches(next(m for m in found if m.name == "demo").rows).items()}
+    assert steps == {"first_gdn": 4, "gdn": 4, "mamba2": 4, "self_attention": 5}  # the norm in front of a mixer is one of them
     for made in found:
         assert f"\n## {made.name}\n\n{cost_table(made)}\n" in page
         assert all(page.count(f"\n| {r.use.name} |") >= 2 for r in made.rows)

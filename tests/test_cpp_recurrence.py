@@ -15,6 +15,8 @@ from plait.lowering.cpp import recurrence as generated
 from plait.lowering.forms import recurrence, relay_op
 from torch import Tensor
 
+from tests.laws import error
+
 pytestmark = pytest.mark.skipif(cpp.compiler() is None, reason="no C++ compiler on this machine")
 
 FACES = {  # name -> (gate axes, has beta)
@@ -52,11 +54,6 @@ def run(f: Any, xs: list[Tensor], **named: Any) -> list[Tensor]:
     loss = sum((y.double() * torch.randn(y.shape, generator=weights, dtype=torch.float64)).sum() for y in (o, final))
     assert isinstance(loss, Tensor)
     return [o.detach(), final.detach(), *torch.autograd.grad(loss, xs)]
-
-
-def error(got: Tensor, want: Tensor) -> float:
-    assert got.shape == want.shape and got.isfinite().all()
-    return float((got.double() - want.double()).norm() / want.double().norm().clamp_min(1e-30))
 
 
 def agree(name: str, xs: list[Tensor], limit: float = 3e-6, **named: Any) -> None:

@@ -12,6 +12,8 @@ from plait.ir.errors import DataError, PlaitError, TypeMismatch
 from plait.lowering.forms import recurrence
 from torch import Tensor
 
+from tests.laws import error
+
 FACES = ("gated_delta_rule", "delta_rule", "kimi_delta_attention", "ssd", "gated_linear_attention", "retention")
 GATES = {  # name -> (gate axes, has beta)
     "gated_delta_rule": ("head", True),
@@ -74,12 +76,6 @@ def run(f: Callable[..., Any], xs: Sequence[Tensor], **named: Any) -> list[Tenso
     loss = sum((y.double() * torch.randn(y.shape, generator=weights, dtype=torch.float64)).sum() for y in (o, final))
     grads = torch.autograd.grad(loss, xs, allow_unused=True, materialize_grads=True)
     return [o.detach(), final.detach(), *grads]
-
-
-def error(got: Tensor, want: Tensor) -> float:
-    """Norm of the difference over the norm of what is wanted."""
-    assert got.shape == want.shape and got.isfinite().all()
-    return float((got.double() - want.double()).norm() / want.double().norm().clamp_min(1e-30))
 
 
 def agree(name: str, xs: list[Tensor], limit: float, **named: Any) -> None:

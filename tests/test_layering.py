@@ -1,7 +1,8 @@
 """The arrows between folders, what the package may not call, and how long a file and a function may be."""
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,12 @@ def name(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
+@cache
+def nodes(text: str) -> tuple[ast.AST, ...]:
+    """All that a file says; it is read once for all that is asked of it."""
+    return tuple(ast.walk(ast.parse(text)))
+
+
 def named(node: ast.AST) -> str:
     """`torch.hub.load` of an attribute chain; empty for anything else."""
     if isinstance(node, ast.Name):
@@ -39,9 +46,9 @@ def named(node: ast.AST) -> str:
     return f"{inner}.{node.attr}" if inner and isinstance(node, ast.Attribute) else ""
 
 
-def imports(tree: ast.AST, package: tuple[str, ...]) -> Iterator[tuple[str, int]]:
+def imports(of: Iterable[ast.AST], package: tuple[str, ...]) -> Iterator[tuple[str, int]]:
     """Absolute names of all that is imported, in functions and under TYPE_CHECKING too, each with its line."""
-    for node in ast.walk(tree):
+    for node in of:
         if isinstance(node, ast.Import):
             yield from ((alias.name, node.lineno) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -58,7 +65,7 @@ def home(path: Path) -> tuple[str, ...]:
 def wrong_arrows(text: str, package: tuple[str, ...]) -> list[str]:
     """Imports that no arrow allows; a root file has all arrows, and no file reaches outside the package."""
     folder, found = package[1] if len(package) > 1 else "", list[str]()
-    for target, line in imports(ast.parse(text), package):
+    for target, line in imports(nodes(text), package):
         parts = target.split(".")
         ours = parts[1] if parts[0] == "plait" and len(parts) > 1 else ""
         outward = parts[0] in OUTSIDE or ours in OUTSIDE
@@ -71,48 +78,41 @@ def wrong_arrows(text: str, package: tuple[str, ...]) -> list[str]:
 def wrong_styles(text: str, package: tuple[str, ...]) -> list[str]:
     """Imports of ours that are absolute inside a folder, or relative outside of all of them."""
     inside = len(package) > 1 and package[1] in ARROWS
-    nodes = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Import | ast.ImportFrom)]
-    relative = [n for n in nodes if isinstance(n, ast.ImportFrom) and n.level]
-    absolute = [n for n in nodes if n not in relative and any(t.split(".")[0] == "plait" for t, _ in imports(n, package))]
+    every = [n for n in nodes(text) if isinstance(n, ast.Import | ast.ImportFrom)]
+    relative = [n for n in every if isinstance(n, ast.ImportFrom) and n.level]
+    absolute = [n for n in every if n not in relative and any(t.split(".")[0] == "plait" for t, _ in imports([n], package))]
     return [f"line {n.lineno}" for n in (absolute if inside else relative)]
 
 
 def ways_to_run_text(text: str, package: tuple[str, ...]) -> set[str]:
     """What a file imports or calls that runs code which a file may have brought."""
-    tree = ast.parse(text)
-    brought = {t.split(".")[0] for t, _ in imports(tree, package)} & MODULES
-    spelled = {named(n) for n in ast.walk(tree) if isinstance(n, ast.Name | ast.Attribute)} & CALLS
-    froms = {t for t, _ in imports(tree, package)} & CALLS
-    keywords = {k.arg for n in ast.walk(tree) if isinstance(n, ast.Call) for k in n.keywords}
+    imported = {t for t, _ in imports(nodes(text), package)}
+    brought = {t.split(".")[0] for t in imported} & MODULES
+    spelled = {named(n) for n in nodes(text) if isinstance(n, ast.Name | ast.Attribute)} & CALLS
+    froms = imported & CALLS
+    keywords = {k.arg for n in nodes(text) if isinstance(n, ast.Call) for k in n.keywords}
     open_ended = {f"{k}=True" for k in ("allow_pickle", "trust_remote_code", "shell") if k in keywords}
     return brought | spelled | froms | open_ended
 
 
 def long_functions(text: str) -> list[str]:
-    nodes = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
-    return [f"{n.name}: {length} lines" for n in nodes if (length := (n.end_lineno or 0) - n.lineno + 1) > FUNCTION]
+    functions = [n for n in nodes(text) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
+    return [f"{n.name}: {length} lines" for n in functions if (length := (n.end_lineno or 0) - n.lineno + 1) > FUNCTION]
 
 
-@pytest.mark.parametrize("path", PACKAGE, ids=name)
-def test_a_file_imports_only_along_the_arrows(path: Path) -> None:
-    assert wrong_arrows(path.read_text(), home(path)) == []
-
-
-@pytest.mark.parametrize("path", EVERYTHING, ids=name)
-def test_imports_are_relative_in_a_folder_and_absolute_elsewhere(path: Path) -> None:
-    assert wrong_styles(path.read_text(), home(path)) == []
-
-
-@pytest.mark.parametrize("path", PACKAGE, ids=name)
-def test_no_file_chooses_code(path: Path) -> None:
-    assert {x for x in ways_to_run_text(path.read_text(), home(path)) if (name(path), x) not in ALLOWED} == set()
+def faults(path: Path) -> list[str]:
+    """All that is wrong with a file."""
+    text, package = path.read_text(), home(path)
+    long = [f"{len(text.splitlines())} lines"] if len(text.splitlines()) > LINES else []
+    found = [*long, *long_functions(text), *wrong_styles(text, package)]
+    if path not in PACKAGE:
+        return found
+    return found + wrong_arrows(text, package) + [x for x in ways_to_run_text(text, package) if (name(path), x) not in ALLOWED]
 
 
 @pytest.mark.parametrize("path", EVERYTHING, ids=name)
-def test_a_file_and_its_functions_fit_in_the_eye(path: Path) -> None:
-    text = path.read_text()
-    assert len(text.splitlines()) <= LINES
-    assert long_functions(text) == []
+def test_a_file_keeps_the_arrows_runs_no_text_and_fits_in_the_eye(path: Path) -> None:
+    assert faults(path) == []
 
 
 def test_every_folder_is_known() -> None:

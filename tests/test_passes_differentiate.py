@@ -3,42 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 from plait.frontends.build import build
 from plait.frontends.load import load_spec
-from plait.frontends.presets import PRESETS
-from plait.frontends.shrink import shrink
 from plait.ir import DTYPES, OPS, Graph, Node, PlaitError, Replay, Value, dump, each_layer, evaluate, parameters, parse
 from plait.ir.grow import random_graph
-from plait.passes import DEFAULT, PASSES, PassFailed, Pipeline, check_types, differentiate, recompute, validate
+from plait.passes import DEFAULT, PASSES, PassFailed, Pipeline, check_types, recompute, validate
 from plait.passes.samples import draw
 from typer.testing import CliRunner
 
-TINY = [p.name for p in PRESETS if p.name.endswith("-tiny") or p.name == "demo"]
-
-
-def agree(before: Graph, after: Graph, bound: float = 1e-10) -> None:
-    """Well typed, the same when read back, and autograd's gradients."""
-    check_types(after)
-    assert parse(dump(after)) == after
-    report = validate(before, after, "reassociates", gradients=True)
-    assert report.ok and report.rows, report
-    assert max(r.error for r in report.rows) <= bound, report.worst
-
-
-def gradients(graph: Graph) -> Graph:
-    made: Graph = differentiate(graph)[0]
-    return made
-
-
-@cache
-def preset(name: str, task: str = "loss", packed: bool = False, dtype: str = "f64") -> Graph:
-    return build(shrink(load_spec(name)), task=task, dtype=dtype, packed=packed)
-
+from tests.programs import TINY, gradients, gradients_agree, preset
 
 # -- a program with its gradients -----------------------------------------------------------------
 
@@ -48,14 +25,14 @@ def preset(name: str, task: str = "loss", packed: bool = False, dtype: str = "f6
 def test_every_preset(name: str, task: str) -> None:
     packed = task == "loss"  # each of the two is tried with either pipeline
     plain, fused = preset(name, task, packed), Pipeline.parse(DEFAULT).run(preset(name, task, not packed))
-    agree(plain, gradients(plain))
-    agree(fused, gradients(fused))
+    gradients_agree(plain, gradients(plain))
+    gradients_agree(fused, gradients(fused))
 
 
 def test_dropout_repeats_in_the_backward() -> None:
     fields = {"name": "wet", "vocab": 61, "hidden": 20, "dropout": 0.3, "blocks": ["mlp", "mlp"], "mlp": {"width": 13}}
     graph = build(load_spec(fields), task="loss", dtype="f64", training=True)
-    agree(graph, recompute(gradients(graph), policy="full")[0])
+    gradients_agree(graph, recompute(gradients(graph), policy="full")[0])
 
 
 LAYERS = parse("""
@@ -83,7 +60,7 @@ def test_what_goes_in_and_what_comes_out() -> None:
     names = ["y", "t", "d_x", "d_u", "d_w", "d_idle", "d_layers_0_w", "d_layers_0_idle"]
     assert [v.name for v in after.outputs] == names
     assert [g.name for g in after.layers] == ["mix_forward", "mix_backward"]
-    agree(LAYERS, after)
+    gradients_agree(LAYERS, after)
 
 
 def test_a_layer_in_two_halves() -> None:
@@ -126,7 +103,7 @@ def glu(h: f64[b, 6]):
     ahead, back = after.layers
     assert [v.name for v in ahead.outputs] == ["y", "h", "a"] and [v.name for v in back.inputs] == ["x", "h", "a", "d_y"]
     assert [g.name for g in back.callees] == ["glu_backward"]
-    agree(graph, after)
+    gradients_agree(graph, after)
 
 
 def test_layers_call_layers() -> None:
@@ -151,9 +128,9 @@ def inner(x: f64[b, 5], *, w: f64[5, 5] = normal(0.3)):
 """)
     after = gradients(graph)
     assert [v.name for v in after.outputs[2:5]] == ["d_a_w", "d_a_in_w", "d_a_out_w"]
-    agree(graph, after)
+    gradients_agree(graph, after)
     for policy in ("boundary", "full"):
-        agree(graph, recompute(after, policy=policy)[0])
+        gradients_agree(graph, recompute(after, policy=policy)[0])
 
 
 def test_a_result_that_a_layer_gives_for_nothing_is_no_cotangent() -> None:
@@ -176,7 +153,7 @@ def dead(x: f64[b, 5], *, w: f64[5] = normal(0.3)):
 """)
     after = gradients(graph)
     assert [len(g.inputs) for g in after.layers if "backward" in g.name] == [0, 2]
-    agree(graph, after)
+    gradients_agree(graph, after)
 
 
 CHOICES = (
@@ -199,9 +176,9 @@ def test_random_programs(seed: int) -> None:
         values.append(f"v{i}")
     head = "def f(x: f64[b, 5], z: f64[b, 5], *, w: f64[5, 5] = normal(0.3), u: f64[5] = normal(0.3)):\n"
     graph = parse(head + "\n".join(lines) + f"\n    return {', '.join(values[-3:])}\n")
-    agree(graph, gradients(graph))
+    gradients_agree(graph, gradients(graph))
     outlined = Pipeline.parse("outline-rows{max_ops=5}").run(graph)
-    agree(outlined, gradients(outlined))
+    gradients_agree(outlined, gradients(outlined))
 
 
 def test_grown_graphs() -> None:
@@ -283,19 +260,19 @@ def test_a_partial_cotangent_is_summed_once_before_it_goes_on_and_a_parameters_n
     summed = [n for n in after.nodes if n.is_op("all_reduce")][1]
     assert str(summed.inputs[0] and summed.inputs[0].type) == "f64[b, s@cp, 6]+tp" and summed.outputs[0].name == "d_n"
     assert [str(v.type) for v in after.outputs[3:]] == ["f64[6]+cp", "f64[10@tp, 6]+cp", "f64[6, 10@tp]+cp"]
-    agree(TENSOR_PARALLEL, after)
+    gradients_agree(TENSOR_PARALLEL, after)
 
 
 def test_a_gathers_cotangent_is_summed_and_scattered_at_once() -> None:
     after = gradients(SEQUENCE_PARALLEL)
     assert moves(after.layers[1]) == ["all_gather", "reduce_scatter"]
-    agree(SEQUENCE_PARALLEL, after)
+    gradients_agree(SEQUENCE_PARALLEL, after)
 
 
 def test_exchanges_and_orders_run_backwards() -> None:
     after = gradients(ZIGZAG)
     assert str(after.outputs[2].type) == "f64[b, s, 8]" and str(after.inputs[3].type) == "f64[b, s@cp:zigzag(2), 8]"
-    agree(ZIGZAG, after)
+    gradients_agree(ZIGZAG, after)
 
 
 # -- what validation catches ----------------------------------------------------------------------

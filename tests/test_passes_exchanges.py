@@ -8,14 +8,14 @@ import pytest
 import torch
 from plait.frontends.build import build
 from plait.frontends.load import load_spec
-from plait.frontends.presets import PRESETS
 from plait.frontends.shrink import shrink
 from plait.ir import Graph, Mesh, Node, dump, evaluate, parameters, parse, simulate
 from plait.passes import Pipeline, Remark, differentiate, fold_orders, hoist_exchanges, merge_exchanges, validate
 from plait.passes.samples import draw
 from plait.passes.traffic import by_layer, traffic
 
-TINY = [p.name for p in PRESETS if p.name.endswith("-tiny") or p.name == "demo"]
+from tests.programs import TINY
+
 KDA = {
     "name": "kdas", "vocab": 61, "hidden": 20, "blocks": ["kda", "mlp"],
     "kda": {"heads": 4, "head_dim": 6}, "mlp": {"width": 9},

@@ -11,7 +11,8 @@ from plait.ir import Mesh, PassError, PlacementError, PlaitError, evaluate, pars
 from plait.ir.ops import balance, choices_of, load_balance_loss, router_scores, z_loss, z_losses
 from plait.passes import Pipeline, differentiate, place, split_batch, split_experts, split_features, validate
 
-from tests.tensor_cases import TINY, agree, agree_on, layer, lines, moves, preset, types, wide
+from tests.programs import TINY, preset
+from tests.tensor_cases import agree, agree_on, layer, lines, moves, types, wide
 
 MOE = ["gdn", "moe"]
 

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
-from functools import cache
 from typing import Any
 
 import pytest
 import torch
 from plait.frontends.build import build
 from plait.frontends.load import load_spec
-from plait.frontends.presets import PRESETS
-from plait.frontends.shrink import shrink
 from plait.ir import (
     Graph,
     Mesh,
     PassError,
     PlacementError,
     PlaitError,
-    dump,
     evaluate,
     ops,
     parameters,
@@ -27,10 +22,12 @@ from plait.ir import (
     parse_mesh,
     simulate,
 )
-from plait.passes import DEFAULT, Event, Pipeline, Remark, check_types, differentiate, place, validate, with_cache
+from plait.passes import DEFAULT, Event, Pipeline, Remark, differentiate, place, with_cache
 from plait.passes.samples import draw
 
-TINY = [p.name for p in PRESETS if p.name.endswith("-tiny") or p.name == "demo"]
+from tests.programs import TINY, agree, preset
+from tests.tensor_cases import layer, moves
+
 WIDE = {
     "name": "wide", "vocab": 61, "hidden": 20, "blocks": ["gdn", "attention", "mamba2", "kda", "moe", "attention"],
     "gdn": {"key_heads": 4, "value_heads": 8, "key_dim": 3, "value_dim": 5},
@@ -41,31 +38,8 @@ WIDE = {
 }  # fmt: skip
 
 
-@cache
-def preset(name: str, task: str = "loss", packed: bool = False) -> Graph:
-    return build(shrink(load_spec(name)), task=task, dtype="f64", packed=packed)
-
-
 def wide(task: str = "loss", packed: bool = False) -> Graph:
     return build(load_spec(WIDE), task=task, dtype="f64", packed=packed)
-
-
-def agree(before: Graph, after: Graph, *, bound: float = 1e-10, gradients: bool = False) -> None:
-    """Well typed, the same when read back, and the same numbers and gradients on two ranks."""
-    check_types(after)
-    assert parse(dump(after)) == after
-    report = validate(before, after, "reassociates", gradients=gradients)
-    assert report.ok and report.rows, report
-    assert max(r.error for r in report.rows) <= bound, report.worst
-
-
-def moves(layer: Graph) -> Counter[str]:
-    """Exchanges between ranks; a shard moves nothing."""
-    return Counter(n.op.name for n in layer.nodes if n.op in ops.COLLECTIVES and n.op is not ops.shard)
-
-
-def layer(model: Graph, name: str) -> Graph:
-    return next(g for g in model.layers if g.name == name)
 
 
 def lines(said: Sequence[Remark], kind: str) -> list[str]:

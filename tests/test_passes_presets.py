@@ -5,18 +5,16 @@ from __future__ import annotations
 import pytest
 from plait.frontends.build import build
 from plait.frontends.load import load_spec
-from plait.frontends.presets import PRESETS
-from plait.frontends.shrink import shrink
 from plait.passes import DEFAULT, Pipeline, validate
 
-TINY = [p.name for p in PRESETS if p.name.endswith("-tiny") or p.name == "demo"]
+from tests.programs import TINY, preset
 
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("task", ["logits", "loss"])
 @pytest.mark.parametrize("name", TINY)
 def test_the_default_pipeline_is_exact_on_every_preset(name: str, task: str, packed: bool):
-    before = build(shrink(load_spec(name)), task=task, dtype="f64", packed=packed)
+    before = preset(name, task, packed)
     after = Pipeline.parse(DEFAULT).run(before)
     report = validate(before, after, "exact")
     assert report.ok and len(report.rows) > 10, report

@@ -2,38 +2,18 @@
 
 from __future__ import annotations
 
-from functools import cache
 from itertools import pairwise
 
 import pytest
 import torch
-from plait.frontends.build import build
-from plait.frontends.load import load_spec
-from plait.frontends.shrink import shrink
-from plait.ir import Graph, ParseError, PassError, PlaitError, dump, evaluate, parse
-from plait.passes import Pipeline, Remark, check_types, differentiate, recompute, validate
+from plait.ir import Graph, ParseError, PassError, PlaitError, evaluate, parse
+from plait.passes import Pipeline, Remark, recompute
 from plait.passes.samples import Sample, draw
+
+from tests.programs import gradients, gradients_agree, preset
 
 Tensor = torch.Tensor
 FUSED = "canonicalize,carry-residual,fuse,outline-rows,dce"
-
-
-def agree(before: Graph, after: Graph) -> None:
-    """Well typed, the same when read back, and autograd's gradients."""
-    check_types(after)
-    assert parse(dump(after)) == after
-    report = validate(before, after, "reassociates", gradients=True)
-    assert report.ok and report.rows and max(r.error for r in report.rows) <= 1e-10, report
-
-
-def gradients(graph: Graph) -> Graph:
-    made: Graph = differentiate(graph)[0]
-    return made
-
-
-@cache
-def preset(name: str) -> Graph:
-    return build(shrink(load_spec(name)), task="loss", dtype="f64")
 
 
 SHARED = parse("""
@@ -111,7 +91,7 @@ def mlp(x: f64[b, 6], *, norm: f64[6] = constant(1.0), w: f64[8, 6] = normal(0.3
         assert [v.name for v in ahead.outputs] == ["y", *kept] and [v.name for v in back.inputs] == ["x", *kept, "d_y"]
         assert [n.op.name for n in back.nodes[: len(again)]] == again
         assert back.params[0].name == "norm" and len(remarks) == 1
-        agree(graph, made)
+        gradients_agree(graph, made)
 
 
 def test_a_collective_never_runs_again() -> None:
@@ -134,14 +114,14 @@ def mlp(x: f64[b, s@tp, 6], *, w: f64[10@tp, 6] = normal(0.3), v: f64[6, 10@tp] 
     ahead, back = made.layers
     assert [v.name for v in ahead.outputs] == ["y", "g"] and [v.name for v in back.inputs] == ["x", "g", "d_y"]
     assert [n.op.name for n in back.nodes[:3]] == ["linear", "silu", "all_gather"]
-    agree(graph, made)
+    gradients_agree(graph, made)
 
 
 def test_a_layer_called_twice_under_one_prefix_keeps_its_halves_apart() -> None:
     made, remarks = recompute(gradients(SHARED), policy="full")
     assert [len(g.outputs) for g in made.layers] == [1, 2] and len(remarks) == 1
     assert [n.operands[0].name for n in made.nodes if n.callee in made.layers[1:]] == ["a", "x"]
-    agree(SHARED, made)
+    gradients_agree(SHARED, made)
 
 
 def test_a_result_that_lives_anyway_is_not_run_again() -> None:
@@ -161,7 +141,7 @@ def one(x: f64[b, 6], delta: f64[b, 6], *, w: f64[6, 6] = normal(0.3)):
     made, _ = recompute(gradients(graph), policy="full")
     back = made.layers[1]
     assert [v.name for v in back.inputs] == ["y", "d_y", "d_d"] and back.nodes[0].is_op("rms_norm")
-    agree(graph, made)
+    gradients_agree(graph, made)
 
 
 def test_recompute_needs_halves_and_says_so() -> None:
@@ -198,4 +178,4 @@ def test_both_halves_fuse(passes: str) -> None:
     after = Pipeline.parse(passes).run(graph)
     kernels = {g.name: [n.callee.name for n in g.nodes if n.callee is not None] for g in after.layers}
     assert all(kernels[name] for name in kernels if "_backward" in name), kernels
-    agree(graph, after)
+    gradients_agree(graph, after)

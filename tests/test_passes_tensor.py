@@ -25,7 +25,8 @@ from plait.lowering.local import local_kernel
 from plait.passes import Pipeline, check_types, differentiate, place, split_features, validate
 from plait.passes.samples import shape
 
-from tests.tensor_cases import TINY, agree, agree_on, layer, lines, moves, preset, types, wide
+from tests.programs import TINY, preset
+from tests.tensor_cases import agree, agree_on, layer, lines, moves, types, wide
 
 SECTIONS = """
 def f(x: f64[b, s, 5], *, w: f64[14@tp:sections(2,4,4,6), 5] = normal(0.5), c: f64[8@tp:sections(2,4,4), 3] = normal(0.5)):
