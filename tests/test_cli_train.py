@@ -91,7 +91,7 @@ def test_interrupted_training_says_how_to_go_on(here: Path, monkeypatch: pytest.
         (["train", "huge.toml", "--text", "text.txt"], "of memory, this machine has"),
         (["train", "small.toml", "--text", "text.txt", "--run", "text.txt"], "text.txt: is no folder"),
         (["generate", "absent", "--prompt", "x"], "absent: there is no such file"),
-        (["generate", ".", "--prompt", "x"], "holds no checkpoint"),
+        (["generate", ".", "--prompt", "x"], "has neither a config.json nor"),
         (["generate", "text.txt", "--prompt", "x"], "text.txt"),
         (["generate", "text.txt", "--prompt", ""], "the prompt is empty"),
         (["bench", "absent"], "neither a preset nor"),

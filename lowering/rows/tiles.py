@@ -70,8 +70,8 @@ class Section:
 
     @property
     def warps(self) -> int:
-        """Of 32 threads; eight where a tile is of the usual size."""
-        return 4 if self.second else max(1, min(16, self.elements // (32 * self.each)))
+        """Of 32 threads; eight where a tile is of the usual size, as those of partial sums are."""
+        return 8 if self.second else max(1, min(16, self.elements // (32 * self.each)))
 
 
 def sections(pieces: Sequence[Piece], second: bool = False) -> list[Section]:
